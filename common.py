@@ -1,0 +1,466 @@
+"""Plumbing that no paper talks about: flags, indexed randomness, EMA, run folders, resume. Skip it on first reading.
+
+A library: it imports nothing of ours, takes no callback and defines no base class. Stage files call it; it never calls them.
+
+  flags        `flag`, `parse`, `describe`: one dataclass field is one command-line flag; flag beats preset beats default
+  randomness   `generator`, `Draws`: every draw is keyed by (seed, stage, students, student, step, purpose), so nothing has
+               to be stored to resume, and a student's stream does not depend on who trains beside it
+  stacks       `Member`: one student of a stack; a stack of M members is the leading dimension [M, ...] of every tensor
+  run folders  `Stage`: config.json, metrics.csv, state.pt, state.prev.pt, ema.pt, best.pt; atomic, resumable bit for bit
+"""
+import argparse
+import csv
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+import types
+import typing
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: `command` prints it as one line and exits with code 2."""
+
+
+def command(main):
+    """Decorator of every `main(argv=None)`: a UserError becomes one line and exit code 2, Ctrl-C a line and 130."""
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        try:
+            return main(argv)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print("\ninterrupted; the same command goes on where its last checkpoint stands:\n  "
+                  + shlex.join([Path(sys.executable).name, *sys.argv]), file=sys.stderr)
+            raise SystemExit(130) from None
+        except BrokenPipeError:
+            raise SystemExit(1) from None
+    return wrapped
+
+
+# ------------------------------------------------------------------------------------------------------------- flags
+
+def flag(default, help: str, stage: str = "", choices=None):
+    """A dataclass field that becomes `--name`. `stage` names the stage folder whose result it determines ("" = none)."""
+    meta = {"help": help, "stage": stage, "choices": choices}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=meta)
+    return dataclasses.field(default=default, metadata=meta)
+
+
+def _near(word: str, words) -> str:
+    near = difflib.get_close_matches(word, [str(w) for w in words], n=1, cutoff=0.4)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):                                       # one line instead of the usage text
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0] if "unrecognized" in message else ""
+        near = _near(unknown, self._option_string_actions) if unknown.startswith("-") else ""
+        raise UserError(message + near + " (--help lists every flag)")
+
+
+def parse(cls, presets: dict, argv=None, doc: str = ""):
+    """Command line -> instance of the dataclass `cls`, with `.source[name]` telling where each value comes from.
+
+    presets: {(dataset, preset): {name: value}}. Flag beats preset beats default. Raises UserError on any misuse."""
+    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        kind, name = hints[f.name], "--" + f.name.replace("_", "-")
+        if typing.get_origin(kind) in (types.UnionType, typing.Union):
+            kind = next(t for t in typing.get_args(kind) if t is not type(None))
+        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        opts = {"help": f"{f.metadata['help']} [{shown}]".replace("%", "%%"), "default": argparse.SUPPRESS}
+        if kind is bool:
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, **opts)
+        elif typing.get_origin(kind) is list:
+            parser.add_argument(name, type=typing.get_args(kind)[0], nargs="+", **opts,
+                                metavar=typing.get_args(kind)[0].__name__)
+        else:
+            parser.add_argument(name, type=kind, **opts, metavar=kind.__name__)
+    given = vars(parser.parse_args(argv))
+    for f in dataclasses.fields(cls):
+        choices = f.metadata["choices"]
+        if choices and f.name in given and given[f.name] not in choices:
+            raise UserError(f"--{f.name.replace('_', '-')} {given[f.name]}: no such choice"
+                            f"{_near(given[f.name], choices)} (one of {', '.join(map(str, choices))})")
+    plain = cls()
+    dataset = given.get("dataset", plain.dataset)
+    preset = given.get("preset", plain.preset)
+    if (dataset, preset) not in presets:
+        names = [p for d, p in presets if d == dataset]
+        raise UserError(f"--preset {preset}: not known for {dataset}{_near(preset, names)} (one of {', '.join(names)})")
+    chosen = presets[dataset, preset]
+    out = cls(**{**chosen, **given})
+    out.source = {f.name: "flag" if f.name in given else f"preset {preset}" if f.name in chosen else "default"
+                  for f in dataclasses.fields(cls)}
+    return out
+
+
+def merge(*presets: dict) -> dict:
+    """Join the PRESETS of several stage files, key by key."""
+    out = {}
+    for table in presets:
+        for key, values in table.items():
+            out[key] = {**out.get(key, {}), **values}
+    return out
+
+
+def describe(flags) -> str:
+    """Every flag with its value and source, one line each: the body of --dry-run."""
+    rows = []
+    for f in dataclasses.fields(flags):
+        value = getattr(flags, f.name)
+        shown = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        rows.append(f"  --{f.name.replace('_', '-'):<16} {shown:<14} {flags.source[f.name]:<14} {f.metadata['help']}")
+    return "\n".join(rows)
+
+
+def stage_config(flags, stage: str) -> dict:
+    """Only the flags that determine the result of `stage`."""
+    return {f.name: getattr(flags, f.name) for f in dataclasses.fields(flags) if f.metadata["stage"] == stage}
+
+
+def device(name: str, threads: int) -> torch.device:
+    """--device auto|cpu|cuda|mps, checked; also sets the number of threads (0: at most 8, more slow down small nets)."""
+    torch.set_num_threads(threads or max(1, min(8, torch.get_num_threads())))
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
+
+
+# -------------------------------------------------------------------------------------------------------- randomness
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One student of a stack: student number `student` of `students`, of the run with this seed, and its classes Y_k."""
+    seed: int
+    students: int
+    student: int
+    classes: tuple[int, ...]
+
+
+def generator(*key, device="cpu") -> torch.Generator:
+    """A torch.Generator whose stream is a function of `key` alone."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+class Draws:
+    """Random numbers of one stage for a stack of M members, [M, ...]; each row is keyed by its own member alone."""
+
+    def __init__(self, stage: str, members: list[Member], device="cpu"):
+        self.stage, self.members, self.device = stage, members, device
+        self.classes = [torch.tensor(m.classes, device=device) for m in members]
+
+    def generators(self, step: int, purpose: str) -> list[torch.Generator]:
+        return [generator(m.seed, self.stage, m.students, m.student, step, purpose, device=self.device)
+                for m in self.members]
+
+    def normal(self, step: int, purpose: str, *shape: int) -> Tensor:
+        return torch.stack([torch.randn(shape, generator=g, device=self.device) for g in self.generators(step, purpose)])
+
+    def uniform(self, step: int, purpose: str, *shape: int) -> Tensor:
+        return torch.stack([torch.rand(shape, generator=g, device=self.device) for g in self.generators(step, purpose)])
+
+    def integers(self, step: int, purpose: str, low: int, high: int, *shape: int) -> Tensor:
+        """Uniform on low..high-1."""
+        return torch.stack([torch.randint(low, high, shape, generator=g, device=self.device)
+                            for g in self.generators(step, purpose)])
+
+    def label(self, step: int, purpose: str, batch: int) -> Tensor:
+        """Labels [M, batch], uniform over each member's own classes Y_k."""
+        return torch.stack([c[torch.randint(len(c), (batch,), generator=g, device=self.device)]
+                            for c, g in zip(self.classes, self.generators(step, purpose))])
+
+
+# ------------------------------------------------------------------------------------------------ training, in general
+
+def stack(net: torch.nn.Module, rows: list[int], like: torch.nn.Module) -> torch.nn.Module:
+    """Copy rows of one stack's weights into another: member i of `like` gets member rows[i] of `net`. Returns `like`."""
+    like.load_state_dict({k: v[rows] for k, v in net.state_dict().items()})
+    return like
+
+
+def fingerprint(net: torch.nn.Module) -> str:
+    """A hash of every weight: equal before and after means frozen."""
+    h = hashlib.sha256()
+    for name, value in net.state_dict().items():
+        h.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return h.hexdigest()[:16]
+
+
+@torch.no_grad()
+def ema_update(ema: torch.nn.Module, net: torch.nn.Module, decay: float, step: int) -> None:
+    """Exponential moving average of the weights; the first steps use a shorter memory, so that short runs are not noise."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+
+
+@torch.no_grad()
+def clip_gradients(net: torch.nn.Module, max_norm: float, members: int) -> None:
+    """Scale each member's gradient to an l2 norm of at most max_norm; 0 = off. Members never share a norm."""
+    if not max_norm:
+        return
+    grads = [p.grad.view(members, -1) for p in net.parameters()]
+    norm = sum(g.square().sum(1) for g in grads).sqrt()                                          # [M]
+    scale = (max_norm / (norm + 1e-12)).clamp(max=1)
+    for g in grads:
+        g.mul_(scale[:, None])
+
+
+def learning_rate(base: float, step: int, steps: int, warmup: int, decay: str) -> float:
+    """Linear warm-up over `warmup` steps, then constant, or linear or cosine to zero at `steps`."""
+    left = {"constant": 1.0, "linear": 1 - step / steps, "cosine": 0.5 + 0.5 * math.cos(math.pi * step / steps)}[decay]
+    return base * min(1.0, (step + 1) / max(1, warmup)) * left
+
+
+def set_learning_rate(optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+# ------------------------------------------------------------------------------------------------------- run folders
+
+def _failed_write(path: Path, error: Exception) -> UserError:
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(f"cannot write {path}: {text}; what was saved before is intact. Free some space or choose another "
+                     f"--out, then run the same command again")
+
+
+def write_atomic(path: Path, write) -> None:
+    """`write(temporary_path)`, then rename: the file is old or new, never half. Raises UserError if it can't be written."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:                        # torch.save turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True) if os.access(path.parent, os.W_OK) else None
+        raise _failed_write(path, error) from None
+
+
+def save_json(path: Path, value) -> None:
+    write_atomic(path, lambda t: t.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def save_tensors(path: Path, value) -> None:
+    write_atomic(path, lambda t: torch.save(value, t))
+
+
+def save_state(folder: Path, state: dict) -> None:
+    """state.pt becomes state.prev.pt once the new one is whole: at any moment one of the two can be read."""
+    path = folder / "state.pt"
+    save_tensors(folder / "state.new.pt", state)
+    if path.exists():
+        os.replace(path, folder / "state.prev.pt")
+    os.replace(folder / "state.new.pt", path)
+
+
+def load_tensors(path: Path):
+    """Read a checkpoint without running code from it. Raises UserError if it is missing, truncated or foreign."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as error:                                      # torch raises a dozen types for a damaged file
+        raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}); delete it or give another") from None
+
+
+def _map(tree, tensor):
+    if isinstance(tree, Tensor):
+        return tensor(tree) if tree.ndim else tree
+    if isinstance(tree, dict):
+        return {k: _map(v, tensor) for k, v in tree.items()}
+    return type(tree)(_map(v, tensor) for v in tree) if isinstance(tree, (list, tuple)) else tree
+
+
+def _join(trees: list):
+    first = trees[0]
+    if isinstance(first, Tensor):
+        return torch.cat(trees) if first.ndim else first
+    if isinstance(first, dict):
+        return {k: _join([t[k] for t in trees]) for k in first}
+    return type(first)(_join(list(part)) for part in zip(*trees)) if isinstance(first, (list, tuple)) else first
+
+
+def check_config(folder: Path, config: dict) -> None:
+    """Write config.json, or compare with the one that is there: a folder made with other flags is refused."""
+    path = folder / "config.json"
+    config = json.loads(json.dumps(config))
+    if path.exists():
+        try:
+            old = json.loads(path.read_text())
+        except ValueError:
+            raise UserError(f"{path}: not readable; delete the folder {folder} or choose another --out") from None
+        differ = [k for k in sorted({*old, *config}) if old.get(k) != config.get(k)]
+        if differ:
+            what = ", ".join(f"{k} ({old.get(k)} there, {config.get(k)} now)" for k in differ)
+            raise UserError(f"{folder} was made with other flags: {what}; give those flags, choose another --out, "
+                            f"or delete that folder")
+    else:
+        save_json(path, config)
+
+
+def saved_steps(folder: Path) -> dict[int, Path]:
+    """{step: checkpoint} of the readable ones; a damaged one is set aside, and said so."""
+    steps = {}
+    for name in ("state.prev.pt", "state.pt"):
+        path = folder / name
+        if path.exists():
+            try:
+                steps[load_tensors(path)["step"]] = path
+            except (UserError, KeyError, TypeError):
+                print(f"{path} is damaged: set aside as {name}.damaged, going on from the checkpoint before it", file=sys.stderr)
+                os.replace(path, folder / (name + ".damaged"))
+    return steps
+
+
+def unfinished(folders: list[Path]) -> list[list[Path]]:
+    """Folders without ema.pt, in groups that share a checkpoint (or none): each group can train as one stack."""
+    groups: dict[int, list[Path]] = {}
+    left = [f for f in folders if not (f / "ema.pt").exists()]
+    steps = {f: {0, *saved_steps(f)} for f in left}
+    shared = max(set.intersection(*steps.values())) if left else 0
+    for f in left:
+        groups.setdefault(shared or max(steps[f]), []).append(f)
+    return list(groups.values())
+
+
+class Stage:
+    """One stage of one stack: a folder per (seed, K), each holding its own members' slice of every tensor.
+
+    folders: {folder: slice of the stack's members}. A stack of one folder saves its tensors whole.
+    step counts finished updates: a checkpoint with step n holds the state after n updates."""
+
+    def __init__(self, name: str, folders: dict[Path, slice], steps: int, save_every: int, quiet: bool = False):
+        self.name, self.folders, self.steps, self.save_every, self.quiet = name, folders, steps, save_every, quiet
+        self.members = max(s.stop for s in folders.values())
+        self.rows: list[tuple] = []
+        self.before = self.last = self.started = 0
+        self.stop = False
+
+    def resume(self, **parts) -> int:
+        """Load the newest checkpoint that all folders have into the given modules and optimizers; return its step."""
+        saved = [saved_steps(f) for f in self.folders]
+        self.last = start = max(set.intersection(*(set(s) for s in saved)), default=0)
+        if start:
+            states = [load_tensors(s[start]) for s in saved]
+            joined = _join([s["parts"] for s in states]) if len(states) > 1 else states[0]["parts"]
+            for key, part in parts.items():
+                if isinstance(part, dict):
+                    part.update(joined[key])
+                else:
+                    part.load_state_dict(joined[key])
+            self.before = states[0]["seconds"]
+        for folder in self.folders:
+            self._trim(folder, start)
+        self.started = time.perf_counter()
+        return start
+
+    def _trim(self, folder: Path, start: int) -> None:
+        path = folder / "metrics.csv"
+        rows = [["step", "seconds", "student", "name", "value"]]
+        if path.exists():
+            with open(path, newline="") as f:
+                rows += [r for r in csv.reader(f) if len(r) == 5 and r[0].isdigit() and int(r[0]) <= start]
+        def write(temporary):
+            with open(temporary, "w", newline="") as f:
+                csv.writer(f, lineterminator="\n").writerows(rows)
+        write_atomic(path, write)
+
+    def seconds(self) -> float:
+        """Training seconds of this stage, earlier sessions counted in."""
+        return self.before + time.perf_counter() - self.started
+
+    def range(self, start: int):
+        """A tqdm bar over the remaining steps; Ctrl-C and SIGTERM are held until the step is whole and saved."""
+        def hold(number, frame):
+            if self.stop:
+                raise KeyboardInterrupt
+            self.stop = True
+            print(f"\n{self.name}: stopping after this step …", file=sys.stderr)
+        old = {}
+        try:
+            for s in (signal.SIGINT, signal.SIGTERM):
+                old[s] = signal.signal(s, hold)
+        except ValueError:                                          # not the main thread: leave the signals alone
+            pass
+        self.bar = tqdm(range(start, self.steps), initial=start, total=self.steps, desc=self.name, unit="step",
+                        disable=self.quiet, mininterval=0.5, dynamic_ncols=True)
+        try:
+            yield from self.bar
+        finally:
+            self.bar.close()
+            for s, handler in old.items():
+                signal.signal(s, handler)
+
+    def log(self, step: int, **values) -> None:
+        """Note numbers ([M] tensors, or one float for all) of the state after `step` updates; written with the next save."""
+        for name, value in values.items():
+            column = value.detach().cpu().tolist() if isinstance(value, Tensor) else [value] * self.members
+            self.rows.append((step, self.seconds(), name, column))
+
+    def show(self, **values) -> None:
+        """The numbers that move, on the progress bar."""
+        self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()}, refresh=False)
+
+    def check(self, step: int, loss: Tensor, student_names: list[str]) -> None:
+        """Stop at a non-finite loss [M], naming step, student and last checkpoint; nothing hides a divergence."""
+        finite = torch.isfinite(loss)
+        if not finite.all():
+            bad = [n for n, ok in zip(student_names, finite.tolist()) if not ok]
+            where = f"last checkpoint: step {self.last} in {next(iter(self.folders))}" if self.last else "no checkpoint yet"
+            raise UserError(f"{self.name}: the loss is not finite at step {step} ({', '.join(bad[:3])}); {where}; "
+                            f"lower the learning rate (and choose another --out)")
+
+    def save(self, step: int, final: bool = False, **parts) -> None:
+        """Checkpoint every save_every steps, at the end, and when a stop was asked for (which then stops the run)."""
+        if not (step % self.save_every == 0 or step == self.steps or self.stop):
+            return
+        trees = {k: p if isinstance(p, dict) else p.state_dict() for k, p in parts.items()}
+        if step != self.last:
+            self._flush(step)                                       # rows first: those past a resumed step are dropped
+            for folder, rows in self.folders.items():
+                whole = len(self.folders) == 1
+                state = {"step": step, "seconds": self.seconds(),
+                         "parts": trees if whole else _map(trees, lambda t: t[rows].clone())}
+                save_state(folder, state)
+            self.last = step
+        if self.stop and step < self.steps:
+            raise KeyboardInterrupt
+
+    def _flush(self, step: int) -> None:
+        for folder, rows in self.folders.items():
+            try:
+                with open(folder / "metrics.csv", "a", newline="") as f:
+                    out = csv.writer(f, lineterminator="\n")
+                    for at, seconds, name, column in self.rows:
+                        for student, value in enumerate(column[rows]):
+                            out.writerow([at, f"{seconds:.2f}", student, name, f"{value:.6g}"])
+            except OSError as error:
+                raise _failed_write(folder / "metrics.csv", error) from None
+        self.rows.clear()

@@ -1,0 +1,384 @@
+"""Stage 1, DM: a one-step generator whose samples are distributed as the teacher's [MSD Sec. 3.2, App. I.2].
+
+Trains G(sigma_max z; sigma_max, label) and, beside it, a "fake" denoiser mu_fake of G's own samples; both start from the
+teacher's weights. Two flags choose between the paper's two variants of DM:
+  DMD    --reg-weight 0.25 --ttur 1     a regression loss on pairs (z, y) of the teacher's ODE keeps the modes
+  DMD2   --reg-weight 0    --ttur 5     no pairs; the fake denoiser takes N updates per update of G (TTUR)
+
+  gradient of the KL divergence          [MSD Eq. 5, Eq. 6]        dm_gradient, dm_loss
+  the scores in it, as denoisers         [MSD Eq. 7]               score
+  the fake denoiser's loss               [MSD Eq. 8]               edm.denoising_loss
+  regression loss on the pairs           [MSD Eq. 9]               regression_loss, make_pairs
+
+Not here: the partition and F_DM's label sets (msd.py), the adversarial head.
+
+Departures from the paper
+PLACEHOLDER
+
+Run      python dmd.py --dataset toy
+"""
+import copy
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import common
+import data
+import edm
+from common import flag
+
+
+@dataclasses.dataclass
+class Flags(edm.Flags):
+    steps: int = flag(2000, "updates of the generator", "dm")
+    batch: int = flag(128, "batch per student", "dm")
+    lr: float = flag(1e-2, "learning rate of G (AdamW)", "dm")
+    fake_lr: float = flag(1e-2, "learning rate of the fake denoiser", "dm")
+    beta1: float = flag(0.5, "AdamW's first beta, of both: momentum makes the pair of them overshoot", "dm")
+    beta2: float = flag(0.99, "AdamW's second beta", "dm")
+    decay: str = flag("linear", "schedule of both learning rates after warm-up", "dm", ("linear", "cosine", "constant"))
+    warmup: int = flag(100, "warm-up updates, at the start and again when the KL term sets in", "dm")
+    clip_norm: float = flag(0.0, "clip each student's gradient norm; 0 = off", "dm")
+    ema: float = flag(0.99, "decay of the average of G's weights (what is kept and sampled)", "dm")
+    dm_weight: float = flag(1.0, "weight of the KL term; 0 = regression only", "dm")
+    reg_weight: float = flag(0.25, "weight of the regression term; 0 = none", "dm")
+    reg_warmup: int = flag(400, "first updates of G by regression alone (its weight is then 1)", "dm")
+    fake_warmup: int = flag(400, "updates of the fake denoiser before the KL term sets in", "dm")
+    ttur: int = flag(2, "updates of the fake denoiser per update of G", "dm")
+    fake: str = flag("net", "fake denoiser: a network, or a kernel-density estimate (toy only, an oracle)", "dm", ("net", "kde"))
+    kde_points: int = flag(2048, "samples per class of the kernel-density estimate", "dm")
+    draws: int = flag(2, "noise draws per generated sample in the KL term", "dm")
+    bins: list[int] = flag([0, 300], "lowest and highest noise bin of the KL term, of 1000", "dm")
+    normaliser: str = flag("c_out", "w_t of the KL gradient", "dm", ("mean_abs", "c_out"))
+    grad_clip: float = flag(0.0, "clip each coordinate of the KL gradient; 0 = off", "dm")
+    distance: str = flag("l2", "regression distance: root mean square or mean square", "dm", ("l2", "mse"))
+    filter_pairs: bool = flag(False, "keep only the pairs of the student's own classes: the strategy that App. B.4 rejects", "dm")
+    pairs: int = flag(1000, "pairs (z, y) from the teacher's ODE, a fixed set", "pairs")
+    select_samples: int = flag(16_000, "samples per student of each such evaluation", "dm")
+    tag: str = flag("", "suffix of the students' folders: variants of one teacher side by side")
+    eval_every: int = flag(250, "updates between evaluations, which choose best.pt", "dm")
+
+
+PRESETS = {
+    ("toy", "default"): {},
+    # App. D.1: 200 000 iterations, 1e-7, 1000 pairs, "the first 750 of the 1000 steps"; DMD (I.2): regression, 1:1, no EMA
+    ("toy", "paper"): dict(steps=200_000, lr=1e-7, fake_lr=1e-7, beta1=0.9, beta2=0.999, decay="constant", ttur=1, ema=0.0,
+                           reg_warmup=0, fake_warmup=0, bins=[0, 749], draws=1, normaliser="mean_abs", clip_norm=10.0,
+                           warmup=500, eval_every=5000),
+    ("toy", "smoke"): dict(steps=12, batch=16, reg_warmup=4, fake_warmup=3, warmup=2, pairs=64, eval_every=6, kde_points=64, select_samples=400),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------- the losses
+
+def score(x_t: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
+    """s(x_t, t) = -(x_t - mu(x_t, t)) / sigma_t^2 of the denoised estimate mu [..., *shape] [MSD Eq. 7] (alpha_t = 1)."""
+    return -(x_t - mu) / edm.like(sigma, x_t) ** 2
+
+
+def dm_gradient(x: Tensor, mu_real: Tensor, mu_fake: Tensor, sigma: Tensor, normaliser: str = "mean_abs",
+                clip: float | None = None, sigma_data: float = 0.5) -> Tensor:
+    """Gradient of the KL divergence in the generated sample x, [..., *shape] [MSD Eq. 6].
+
+    w_t (s_fake - s_real) = (w_t / sigma^2) (mu_fake - mu_real): with scores from Eq. 7, x_t cancels. A step against it moves
+    x towards mu_real and away from mu_fake. The paper's w_t = sigma^2 CS / ||mu_real - x||_1 [MSD App. D.2.1] divides by the
+    sample's mean |x - mu_real| (`mean_abs`); `c_out` divides by c_out(sigma) instead, so the gradient is in units of the
+    network's output. `clip` bounds every coordinate. No gradient flows through it."""
+    if normaliser == "mean_abs":                                    # 1e-3: in 2-D a mean of two numbers often is near 0
+        scale = edm.per_sample((x - mu_real).abs()) + 1e-3
+    elif normaliser == "c_out":
+        scale = sigma * sigma_data / (sigma ** 2 + sigma_data ** 2).sqrt()
+    else:
+        raise ValueError(f"normaliser {normaliser!r}: mean_abs or c_out")
+    grad = (mu_fake - mu_real) / edm.like(scale, x)
+    return (grad.clamp(-clip, clip) if clip else grad).detach()
+
+
+def dm_loss(x: Tensor, grad: Tensor) -> Tensor:
+    """Per-sample surrogate [...] of the KL divergence: its gradient in x [..., *shape] is grad / elements of x [MSD Eq. 6].
+
+    Half the mean square of x - stop(x - grad): the value means nothing, the derivative is all."""
+    return 0.5 * edm.per_sample((x - (x - grad).detach()) ** 2)
+
+
+def regression_loss(x: Tensor, y: Tensor, distance: str = "l2") -> Tensor:
+    """l(G(z), y), per sample [...] [MSD Eq. 9]; x = G(sigma_max z), y the teacher's sample from the same z.
+
+    l2: root mean square; mse: mean square."""
+    if distance == "l2":
+        gap = (x - y).flatten(-3) if x.ndim > 3 else x - y
+        return torch.linalg.vector_norm(gap, dim=-1) / math.sqrt(gap.shape[-1])
+    return edm.per_sample((x - y) ** 2)
+
+
+def one_step(G, z: Tensor, label: Tensor | None) -> Tensor:
+    """x = G(sigma_max z; sigma_max, label): z [..., *shape] has unit variance and is scaled here, exactly once."""
+    sigma = torch.full(label.shape if label is not None else z.shape[:1], edm.SIGMA_MAX, dtype=z.dtype, device=z.device)
+    return G(edm.SIGMA_MAX * z, sigma, label)
+
+
+# --------------------------------------------------------------------------------------------------- data for the loop
+
+def make_pairs(teacher, z: Tensor, label: Tensor, steps: int, chunk: int = 8192) -> Tensor:
+    """y [..., N, *shape]: where the teacher's deterministic ODE takes each unit-variance latent z [MSD App. D.2.1].
+
+    label is [..., N]. Serves the paired data D_paired as well as the teacher's own samples."""
+    lead = label.ndim - 1
+    return torch.cat([edm.heun(teacher, a, b, steps) for a, b in zip(z.split(chunk, lead), label.split(chunk, lead))], lead)
+
+
+def kde_denoiser(x_t: Tensor, sigma: Tensor, label: Tensor, cloud: Tensor) -> Tensor:
+    """E[x0 | x_t] if x0 is one of the generated points in cloud [M, classes, P, 2]: a fake denoiser without a network.
+
+    x_t [M, B, 2]; exact for the empirical distribution of the cloud, so consistent as P grows."""
+    out = []
+    for x, s, c, points in zip(x_t, sigma, label, cloud):
+        near = points[c]                                                                        # [B, P, 2]
+        weight = (-(x[:, None] - near).square().sum(-1) / (2 * s[:, None] ** 2)).softmax(-1)    # [B, P]
+        out.append((weight[:, None] @ near)[:, 0])
+    return torch.stack(out)
+
+
+@torch.no_grad()
+def make_cloud(G, draws, step: int, classes: int, points: int, shape) -> Tensor:
+    """Fresh samples [M, classes, points, 2] of every class that a member owns, for `kde_denoiser`."""
+    most = max(len(c) for c in draws.classes)
+    own = torch.stack([c[torch.arange(most, device=c.device) % len(c)] for c in draws.classes])  # [M, most]
+    label = own.repeat_interleave(points, 1)
+    x = one_step(G, draws.normal(step, "kde z", most * points, *shape), label)
+    cloud = torch.zeros(len(own), classes, points, *shape, device=x.device)
+    cloud[torch.arange(len(own), device=x.device)[:, None], own] = x.view(len(own), most, points, *shape)
+    return cloud
+
+
+def bins_in_strata(draws, step: int, purpose: str, low: int, high: int, batch: int, strata: int) -> Tensor:
+    """Noise bins [M, batch, strata], uniform on low..high; a sample's draws fall into equal strata, one each."""
+    u = draws.uniform(step, purpose, batch, strata)
+    u = (u + torch.arange(strata, device=u.device)) / strata
+    return (low + u * (high + 1 - low)).long().clamp(max=high)
+
+
+@torch.no_grad()
+def by_band(loss: Tensor, sigma: Tensor, name: str, edges=(0.0, 0.01, 0.1, 1.0, math.inf)) -> dict:
+    """Mean of per-sample losses [M, B] within bands of sigma, {name: [M]}: one number over all levels hides what moves."""
+    out = {}
+    for low, high in zip(edges, edges[1:]):
+        band = (sigma >= low) & (sigma < high)
+        if band.any(1).all():
+            out[f"{name}, {low:g} <= sigma < {high:g}"] = (loss * band).sum(1) / band.sum(1)
+    return out
+
+
+@torch.no_grad()
+def own_distance(G, facts, members, references: dict, samples: int, device, chunk: int = 4096) -> Tensor:
+    """[M]: distance of each member's samples of its own classes from the teacher's of those classes [MSD App. E].
+
+    references: {seed: statistics} of teacher samples kept for selection; the latents differ from the reported ones."""
+    draws = common.Draws("select", members, device)
+    label = torch.stack([c[torch.arange(samples, device=device) % len(c)] for c in draws.classes])
+    z = draws.normal(0, "z", samples, *facts.shape)
+    x = torch.cat([one_step(G, a, b) for a, b in zip(z.split(chunk, 1), label.split(chunk, 1))], 1)
+    return torch.tensor([facts.distance(facts.statistics(x[i], label[i]), references[m.seed], m.classes)
+                         for i, m in enumerate(members)])
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+def train(run: common.Stage, flags: Flags, members, teacher, net, pairs: dict, pair_index: list, references: dict, device):
+    """Train the stack of generators that `net` initialises; returns the best averaged weights of each member.
+
+    members: M students, each with its classes Y_k; KL conditions come from these alone [MSD Sec. 3.2, F_DM]
+    teacher: denoiser (x, sigma, label) -> mu_real, [M, B, ...], never changed;  net: stack of M Precond nets, copied
+    pairs:   {"z", "y": [seeds, N, *shape], "label": [seeds, N], "row": [M]}, row m tells member m's seed
+    pair_index: per member, the pairs it may use: all of them, or `--filter-pairs`;  references: see own_distance"""
+    facts = data.DATASETS[flags.dataset]
+    draws = common.Draws("dm", members, device)
+    names = [f"student {m.student} of {m.students}, seed {m.seed}" for m in members]
+    G, mu_fake = copy.deepcopy(net), copy.deepcopy(net)
+    ema, best = copy.deepcopy(net).requires_grad_(False), copy.deepcopy(net).requires_grad_(False)
+    betas = (flags.beta1, flags.beta2)
+    opt_G = torch.optim.AdamW(G.parameters(), lr=flags.lr, betas=betas, weight_decay=flags.weight_decay, fused=True)
+    opt_fake = torch.optim.AdamW(mu_fake.parameters(), lr=flags.fake_lr, betas=betas, weight_decay=flags.weight_decay, fused=True)
+    record = {"distance": torch.full((len(members),), float("inf"))}
+    start = run.resume(G=G, mu_fake=mu_fake, ema=ema, best=best, opt_G=opt_G, opt_fake=opt_fake, record=record)
+
+    B, n, shape = flags.batch, flags.draws, facts.shape
+    low, high = flags.bins
+    grid = edm.sigma_bins().float().to(device)
+    row = pairs["row"][:, None]
+    for step in run.range(start):
+        kl = flags.dm_weight > 0 and step >= flags.reg_warmup
+        since = step - flags.reg_warmup if kl else step
+        rate = common.learning_rate(1.0, step, flags.steps, 1, flags.decay)
+        common.set_learning_rate(opt_G, flags.lr * rate * min(1.0, (since + 1) / max(1, flags.warmup)))
+
+        # the generator's turn
+        loss = torch.zeros(len(members), device=device)
+        if kl:
+            label = draws.label(step, "label", B)                                               # [M, B], from Y_k
+            x = one_step(G, draws.normal(step, "z", B, *shape), label)
+            with torch.no_grad():
+                sigma = grid[bins_in_strata(draws, step, "sigma", low, high, B, n)].flatten(1)  # [M, B n]
+                x_n, label_n = x.repeat_interleave(n, 1), label.repeat_interleave(n, 1)
+                x_t = x_n + edm.like(sigma, x_n) * draws.normal(step, "noise", B * n, *shape)
+                mu_real = teacher(x_t, sigma, label_n)
+                fake = (kde_denoiser(x_t, sigma, label_n, make_cloud(G, draws, step, facts.classes, flags.kde_points, shape))
+                        if flags.fake == "kde" else mu_fake(x_t, sigma, label_n))
+                grad = dm_gradient(x_n, mu_real, fake, sigma, flags.normaliser, flags.grad_clip, facts.sigma_data)
+                gap = edm.per_sample((fake - mu_real).abs()).mean(-1)
+            grad = grad.unflatten(1, (B, n)).mean(2)
+            loss = loss + flags.dm_weight * dm_loss(x, grad).mean(-1)
+        if flags.reg_weight > 0:
+            pick = draws.integers(step, "pair", 0, 2 ** 62, B)
+            pick = torch.stack([index[p % len(index)] for index, p in zip(pair_index, pick)])   # [M, B]
+            x_ref = one_step(G, pairs["z"][row, pick], pairs["label"][row, pick])
+            reg = regression_loss(x_ref, pairs["y"][row, pick], flags.distance).mean(-1)
+            loss = loss + (flags.reg_weight if kl else 1.0) * reg
+        run.check(step, loss, names)
+        opt_G.zero_grad()
+        loss.sum().backward()
+        common.clip_gradients(G, flags.clip_norm, len(members))
+        opt_G.step()
+        common.ema_update(ema, G, flags.ema, step)
+
+        # the fake denoiser's turns: the first on G's samples of this step, the others on fresh ones
+        turns = flags.ttur if kl else flags.fake_warmup if step == flags.reg_warmup - 1 and flags.dm_weight > 0 else 0
+        common.set_learning_rate(opt_fake, flags.fake_lr * max(rate, 0.1))
+        for turn in range(turns if flags.fake == "net" else 0):
+            if turn > 0 or not kl:
+                label = draws.label(step, f"fake label {turn}", B)
+                with torch.no_grad():
+                    x = one_step(G, draws.normal(step, f"fake z {turn}", B, *shape), label)
+            sigma = grid[draws.integers(step, f"fake sigma {turn}", 0, high + 1, B)]
+            noise = draws.normal(step, f"fake noise {turn}", B, *shape)
+            fake_losses = edm.denoising_loss(mu_fake, x.detach(), label, sigma, noise, facts.sigma_data)  # [M, B]
+            fake_loss = fake_losses.mean(-1)
+            run.check(step, fake_loss, names)
+            opt_fake.zero_grad()
+            fake_loss.sum().backward()
+            common.clip_gradients(mu_fake, flags.clip_norm, len(members))
+            opt_fake.step()
+
+        if (step + 1) % 50 == 0:
+            run.log(step + 1, **({"regression": reg} if flags.reg_weight > 0 else {}), **({"gap": gap} if kl else {}),
+                    **(by_band(fake_losses, sigma, "fake loss") if kl and flags.fake == "net" else {}))
+        if (step + 1) % flags.eval_every == 0 or step + 1 == flags.steps:
+            distance = own_distance(ema, facts, members, references, flags.select_samples, device)
+            better = distance < record["distance"]
+            record["distance"] = torch.where(better, distance, record["distance"])
+            with torch.no_grad():
+                for b, e in zip(best.parameters(), ema.parameters()):
+                    b[better] = e[better]
+            run.log(step + 1, **{facts.metric: distance})
+            run.show(**{facts.metric: distance.mean().item()})
+        run.save(step + 1, G=G, mu_fake=mu_fake, ema=ema, best=best, opt_G=opt_G, opt_fake=opt_fake, record=record)
+    return ema, best
+
+
+# ------------------------------------------------------------------------------------------------------ the whole stage
+
+@dataclasses.dataclass
+class Inputs:
+    """What every student of every sweep needs from the teacher; row i belongs to the i-th seed."""
+    teachers: list                                                  # Precond stacks of one
+    pairs: dict                                                     # {"z", "y": [seeds, N, *shape], "label": [seeds, N]}
+    references: dict                                                # {seed: {"select", "report": statistics, ...}}
+
+
+def get_inputs(flags: Flags, device) -> Inputs:
+    """Teacher, pairs and the teacher's own samples of each seed: made now, or reused from the run folder."""
+    facts = data.DATASETS[flags.dataset]
+    teachers = edm.get_teachers(flags, device)
+    pairs, references = [], {}
+    for seed, D in zip(edm.seeds(flags), teachers):
+        denoise = facts.exact if flags.teacher == "exact" else D
+        home, lineage = Path(flags.out) / f"seed{seed}", edm.lineage(flags, seed)
+        samples = common.stage_config(flags, "samples")
+
+        def solved(purpose: str, number: int) -> dict:
+            z = torch.randn(1, number, *facts.shape, generator=common.generator(seed, purpose)).to(device)
+            label = data.stratified(number, facts.classes, device)[None]
+            y = make_pairs(denoise, z, label, flags.sampler_steps)
+            return {"z": z.cpu(), "y": y.cpu(), "label": label.cpu()}
+
+        def stored(folder: Path, config: dict, parts: dict[str, int]) -> dict:
+            common.check_config(folder, {**lineage, **config})
+            if not (folder / "samples.pt").exists():
+                print(f"{folder}: {sum(parts.values())} samples of the teacher, {flags.sampler_steps} Heun steps …", flush=True)
+                common.save_tensors(folder / "samples.pt", {k: solved(k, n) for k, n in parts.items()})
+            return common.load_tensors(folder / "samples.pt")
+
+        pairs.append(stored(home / "pairs", {"sampler_steps": flags.sampler_steps, **common.stage_config(flags, "pairs")},
+                            {"pairs": flags.pairs})["pairs"])
+        drawn = stored(home / "reference", samples, {"select": flags.eval_samples, "report": flags.eval_samples})
+        references[seed] = {k: facts.statistics(v["y"][0], v["label"][0]) for k, v in drawn.items()}
+    joined = {k: torch.cat([p[k] for p in pairs]).to(device) for k in ("z", "y", "label")}
+    return Inputs(teachers, joined, references)
+
+
+def stage_folder(flags: Flags, seed: int, students: int, stage: str = "dm") -> Path:
+    tag = f"-{flags.tag}" if flags.tag else ""
+    return Path(flags.out) / f"seed{seed}" / f"students{students}{tag}" / stage
+
+
+def distil(flags: Flags, members: list, pair_index: list, inputs: Inputs, device) -> None:
+    """Train every folder of `members` that is not finished, as one stack where it can; leave ema.pt and best.pt in each."""
+    seeds = edm.seeds(flags)
+    facts = data.DATASETS[flags.dataset]
+    of_folder: dict[Path, list[int]] = {}
+    for i, m in enumerate(members):
+        of_folder.setdefault(stage_folder(flags, m.seed, m.students), []).append(i)
+    for folder, index in of_folder.items():
+        first = members[index[0]]
+        common.check_config(folder, {
+            **edm.lineage(flags, first.seed), "sampler_steps": flags.sampler_steps, **common.stage_config(flags, "pairs"),
+            **common.stage_config(flags, "dm"), "weight_decay": flags.weight_decay, "students": first.students,
+            "partition": [members[i].classes for i in index]})
+        if (folder / "ema.pt").exists():
+            print(f"{folder}: already trained, reused")
+    for group in common.unfinished(list(of_folder)):
+        slices, chosen = {}, []
+        for folder in group:
+            slices[folder] = slice(len(chosen), len(chosen) + len(of_folder[folder]))
+            chosen += of_folder[folder]
+        stack = [members[i] for i in chosen]
+        row = [seeds.index(m.seed) for m in stack]
+        net = edm.Precond(facts.net(len(stack), facts.sizes[0]), facts.sigma_data).to(device)
+        net.load_state_dict({k: torch.cat([inputs.teachers[r].state_dict()[k] for r in row]) for k in net.state_dict()})
+        teacher = facts.exact if flags.teacher == "exact" else copy.deepcopy(net).requires_grad_(False)
+        run = common.Stage("dm", slices, flags.steps, flags.save_every, flags.quiet)
+        ema, best = train(run, flags, stack, teacher, net, {**inputs.pairs, "row": torch.tensor(row, device=device)},
+                          [pair_index[i].to(device) for i in chosen],
+                          {s: r["select"] for s, r in inputs.references.items()}, device)
+        for folder, rows in slices.items():
+            about = {"dataset": flags.dataset, "size": facts.sizes[0], "partition": [m.classes for m in stack[rows]]}
+            for name, D in (("best.pt", best), ("ema.pt", ema)):
+                net_rows = {k: v[rows].cpu().clone() for k, v in D.state_dict().items()}
+                common.save_tensors(folder / name, {**about, "net": net_rows})
+
+
+@common.command
+def main(argv=None):
+    """Distil one student that covers every class: msd.py with K = 1, without its figures."""
+    flags = common.parse(Flags, PRESETS_ALL, argv, __doc__)
+    if flags.dry_run:
+        print(common.describe(flags))
+        return
+    device = common.device(flags.device, flags.threads)
+    facts = data.DATASETS[flags.dataset]
+    print(f"dmd: one student of {flags.dataset}, {flags.steps} updates of batch {flags.batch}, on {device}, into {flags.out}")
+    inputs = get_inputs(flags, device)
+    members = [common.Member(seed, 1, 0, tuple(range(facts.classes))) for seed in edm.seeds(flags)]
+    everything = torch.arange(flags.pairs)
+    distil(flags, members, [everything] * len(members), inputs, device)
+    for m in members:
+        print(f"seed {m.seed}: {stage_folder(flags, m.seed, 1)}")
+
+
+PRESETS_ALL = common.merge(edm.PRESETS, PRESETS)
+
+if __name__ == "__main__":
+    main()
