@@ -54,12 +54,19 @@ def command(main):
 
 # ------------------------------------------------------------------------------------------------------------- flags
 
-def flag(default, help: str, stage: str = "", choices=None):
-    """A dataclass field that becomes `--name`. `stage` names the stage folder whose result it determines ("" = none)."""
-    meta = {"help": help, "stage": stage, "choices": choices}
+def flag(default, help: str, stage: str = "", choices=None, low=None):
+    """A dataclass field that becomes `--name`. `stage` names the stage folder whose result it determines ("" = none).
+
+    choices: the only values allowed; low: the smallest number allowed (nan and infinity never are)."""
+    meta = {"help": help, "stage": stage, "choices": choices, "low": low}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=meta)
     return dataclasses.field(default=default, metadata=meta)
+
+
+def option(name: str) -> str:
+    """The flag of a field: --teacher-steps; a symbol keeps its paper's spelling: --P_mean."""
+    return "--" + (name if name[0].isupper() else name.replace("_", "-"))
 
 
 def _near(word: str, words) -> str:
@@ -81,7 +88,7 @@ def parse(cls, presets: dict, argv=None, doc: str = ""):
     parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
-        kind, name = hints[f.name], "--" + f.name.replace("_", "-")
+        kind, name = hints[f.name], option(f.name)
         if typing.get_origin(kind) in (types.UnionType, typing.Union):
             kind = next(t for t in typing.get_args(kind) if t is not type(None))
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
@@ -96,13 +103,15 @@ def parse(cls, presets: dict, argv=None, doc: str = ""):
             parser.add_argument(name, type=kind, **opts, metavar=kind.__name__)
     given = vars(parser.parse_args(argv))
     for f in dataclasses.fields(cls):
-        choices = f.metadata["choices"]
+        choices, low = f.metadata["choices"], f.metadata["low"]
+        for value in [given.get(f.name)] if low is not None and f.name in given else []:
+            if not low <= value < math.inf:
+                raise UserError(f"{option(f.name)} {value}: must be a number, at least {low}")
         if choices and f.name in given and given[f.name] not in choices:
-            raise UserError(f"--{f.name.replace('_', '-')} {given[f.name]}: no such choice"
+            raise UserError(f"{option(f.name)} {given[f.name]}: no such choice"
                             f"{_near(given[f.name], choices)} (one of {', '.join(map(str, choices))})")
     plain = cls()
-    dataset = given.get("dataset", plain.dataset)
-    preset = given.get("preset", plain.preset)
+    dataset, preset = (given.get(n, getattr(plain, n, None)) for n in ("dataset", "preset"))
     if (dataset, preset) not in presets:
         names = [p for d, p in presets if d == dataset]
         raise UserError(f"--preset {preset}: not known for {dataset}{_near(preset, names)} (one of {', '.join(names)})")
@@ -128,7 +137,7 @@ def describe(flags) -> str:
     for f in dataclasses.fields(flags):
         value = getattr(flags, f.name)
         shown = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-        rows.append(f"  --{f.name.replace('_', '-'):<16} {shown:<14} {flags.source[f.name]:<14} {f.metadata['help']}")
+        rows.append(f"  {option(f.name):<18} {shown:<14} {flags.source[f.name]:<14} {f.metadata['help']}")
     return "\n".join(rows)
 
 

@@ -33,39 +33,40 @@ from common import flag
 
 @dataclasses.dataclass
 class Flags(edm.Flags):
-    steps: int = flag(2000, "updates of the generator", "dm")
-    batch: int = flag(128, "batch per student", "dm")
-    lr: float = flag(1e-2, "learning rate of G (AdamW)", "dm")
-    fake_lr: float = flag(1e-2, "learning rate of the fake denoiser", "dm")
-    beta1: float = flag(0.5, "AdamW's first beta, of both: momentum makes the pair of them overshoot", "dm")
-    beta2: float = flag(0.99, "AdamW's second beta", "dm")
+    steps: int = flag(2000, "updates of the generator", "dm", low=1)
+    batch: int = flag(128, "batch per student", "dm", low=1)
+    lr: float = flag(5e-3, "learning rate of G (AdamW) with the KL term", "dm", low=0)
+    reg_lr: float = flag(1e-2, "learning rate of G while it trains by regression alone", "dm", low=0)
+    fake_lr: float = flag(1e-2, "learning rate of the fake denoiser", "dm", low=0)
+    beta1: float = flag(0.5, "AdamW's first beta, of both: momentum makes the pair of them overshoot", "dm", low=0)
+    beta2: float = flag(0.99, "AdamW's second beta", "dm", low=0)
     decay: str = flag("linear", "schedule of both learning rates after warm-up", "dm", ("linear", "cosine", "constant"))
-    warmup: int = flag(100, "warm-up updates, at the start and again when the KL term sets in", "dm")
-    clip_norm: float = flag(0.0, "clip each student's gradient norm; 0 = off", "dm")
-    ema: float = flag(0.99, "decay of the average of G's weights (what is kept and sampled)", "dm")
-    dm_weight: float = flag(1.0, "weight of the KL term; 0 = regression only", "dm")
-    reg_weight: float = flag(0.25, "weight of the regression term; 0 = none", "dm")
-    reg_warmup: int = flag(400, "first updates of G by regression alone (its weight is then 1)", "dm")
-    fake_warmup: int = flag(400, "updates of the fake denoiser before the KL term sets in", "dm")
-    ttur: int = flag(2, "updates of the fake denoiser per update of G", "dm")
+    warmup: int = flag(100, "warm-up updates, at the start and again when the KL term sets in", "dm", low=0)
+    clip_norm: float = flag(0.0, "clip each student's gradient norm; 0 = off", "dm", low=0)
+    ema: float = flag(0.99, "decay of the average of G's weights (what is kept and sampled)", "dm", low=0)
+    dm_weight: float = flag(1.0, "weight of the KL term; 0 = regression only", "dm", low=0)
+    reg_weight: float = flag(0.25, "weight of the regression term; 0 = none", "dm", low=0)
+    reg_warmup: int = flag(400, "first updates of G by regression alone (its weight is then 1)", "dm", low=0)
+    fake_warmup: int = flag(400, "updates of the fake denoiser before the KL term sets in", "dm", low=0)
+    ttur: int = flag(2, "updates of the fake denoiser per update of G", "dm", low=1)
     fake: str = flag("net", "fake denoiser: a network, or a kernel-density estimate (toy only, an oracle)", "dm", ("net", "kde"))
-    kde_points: int = flag(2048, "samples per class of the kernel-density estimate", "dm")
-    draws: int = flag(2, "noise draws per generated sample in the KL term", "dm")
+    kde_points: int = flag(2048, "samples per class of the kernel-density estimate", "dm", low=1)
+    draws: int = flag(2, "noise draws per generated sample in the KL term", "dm", low=1)
     bins: list[int] = flag([0, 300], "lowest and highest noise bin of the KL term, of 1000", "dm")
     normaliser: str = flag("c_out", "w_t of the KL gradient", "dm", ("mean_abs", "c_out"))
-    grad_clip: float = flag(0.0, "clip each coordinate of the KL gradient; 0 = off", "dm")
+    grad_clip: float = flag(0.0, "clip each coordinate of the KL gradient; 0 = off", "dm", low=0)
     distance: str = flag("l2", "regression distance: root mean square or mean square", "dm", ("l2", "mse"))
     filter_pairs: bool = flag(False, "keep only the pairs of the student's own classes: the strategy that App. B.4 rejects", "dm")
-    pairs: int = flag(1000, "pairs (z, y) from the teacher's ODE, a fixed set", "pairs")
-    select_samples: int = flag(16_000, "samples per student of each such evaluation", "dm")
+    pairs: int = flag(1000, "pairs (z, y) from the teacher's ODE, a fixed set", "pairs", low=1)
+    select_samples: int = flag(16_000, "samples per student of each such evaluation", "dm", low=8)
     tag: str = flag("", "suffix of the students' folders: variants of one teacher side by side")
-    eval_every: int = flag(250, "updates between evaluations, which choose best.pt", "dm")
+    eval_every: int = flag(250, "updates between evaluations, which choose best.pt", "dm", low=1)
 
 
 PRESETS = {
     ("toy", "default"): {},
     # App. D.1: 200 000 iterations, 1e-7, 1000 pairs, "the first 750 of the 1000 steps"; DMD (I.2): regression, 1:1, no EMA
-    ("toy", "paper"): dict(steps=200_000, lr=1e-7, fake_lr=1e-7, beta1=0.9, beta2=0.999, decay="constant", ttur=1, ema=0.0,
+    ("toy", "paper"): dict(steps=200_000, lr=1e-7, reg_lr=1e-7, fake_lr=1e-7, beta1=0.9, beta2=0.999, decay="constant", ttur=1, ema=0.0,
                            reg_warmup=0, fake_warmup=0, bins=[0, 749], draws=1, normaliser="mean_abs", clip_norm=10.0,
                            warmup=500, eval_every=5000),
     ("toy", "smoke"): dict(steps=12, batch=16, reg_warmup=4, fake_warmup=3, warmup=2, pairs=64, eval_every=6, kde_points=64, select_samples=400),
@@ -209,11 +210,13 @@ def train(run: common.Stage, flags: Flags, members, teacher, net, pairs: dict, p
     low, high = flags.bins
     grid = edm.sigma_bins().float().to(device)
     row = pairs["row"][:, None]
+    first_kl = flags.steps if flags.dm_weight == 0 else flags.reg_warmup if flags.reg_weight > 0 else 0
     for step in run.range(start):
-        kl = flags.dm_weight > 0 and step >= flags.reg_warmup
-        since = step - flags.reg_warmup if kl else step
-        rate = common.learning_rate(1.0, step, flags.steps, 1, flags.decay)
-        common.set_learning_rate(opt_G, flags.lr * rate * min(1.0, (since + 1) / max(1, flags.warmup)))
+        kl = step >= first_kl                                       # two phases, each with its own warm-up and decay
+        begin, end = (first_kl, flags.steps) if kl else (0, first_kl)
+        rate = common.learning_rate(1.0, step - begin, end - begin, flags.warmup, flags.decay)
+        common.set_learning_rate(opt_G, rate * (flags.lr if kl else flags.reg_lr))
+        common.set_learning_rate(opt_fake, flags.fake_lr * (rate if kl else 1.0))
 
         # the generator's turn
         loss = torch.zeros(len(members), device=device)
@@ -245,8 +248,9 @@ def train(run: common.Stage, flags: Flags, members, teacher, net, pairs: dict, p
         common.ema_update(ema, G, flags.ema, step)
 
         # the fake denoiser's turns: the first on G's samples of this step, the others on fresh ones
-        turns = flags.ttur if kl else flags.fake_warmup if step == flags.reg_warmup - 1 and flags.dm_weight > 0 else 0
-        common.set_learning_rate(opt_fake, flags.fake_lr * max(rate, 0.1))
+        turns = flags.ttur if kl else 0
+        if step + 1 == max(1, first_kl) < flags.steps:              # a head start for the fake denoiser
+            turns = max(turns, flags.fake_warmup)
         for turn in range(turns if flags.fake == "net" else 0):
             if turn > 0 or not kl:
                 label = draws.label(step, f"fake label {turn}", B)
@@ -279,6 +283,20 @@ def train(run: common.Stage, flags: Flags, members, teacher, net, pairs: dict, p
 
 
 # ------------------------------------------------------------------------------------------------------ the whole stage
+
+def check_flags(flags: Flags) -> None:
+    """Raise UserError for values that are fine alone but not together."""
+    if len(flags.bins) != 2 or not 0 <= flags.bins[0] <= flags.bins[1] <= 999:
+        raise common.UserError(f"--bins {' '.join(map(str, flags.bins))}: give two numbers, lowest and highest of 0 to 999")
+    for name in ("beta1", "beta2", "ema", "teacher_ema"):
+        if getattr(flags, name) >= 1:
+            raise common.UserError(f"{common.option(name)} {getattr(flags, name)}: must be below 1")
+    if flags.dm_weight == 0 and flags.reg_weight == 0:
+        raise common.UserError("--dm-weight 0 and --reg-weight 0: nothing is left to train on")
+    if flags.dm_weight > 0 and flags.reg_weight > 0 and flags.reg_warmup >= flags.steps:
+        raise common.UserError(f"--reg-warmup {flags.reg_warmup}: must be below --steps {flags.steps}, or the KL term never "
+                               f"sets in (for regression alone: --dm-weight 0)")
+
 
 @dataclasses.dataclass
 class Inputs:
@@ -364,6 +382,7 @@ def distil(flags: Flags, members: list, pair_index: list, inputs: Inputs, device
 def main(argv=None):
     """Distil one student that covers every class: msd.py with K = 1, without its figures."""
     flags = common.parse(Flags, PRESETS_ALL, argv, __doc__)
+    check_flags(flags)
     if flags.dry_run:
         print(common.describe(flags))
         return

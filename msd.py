@@ -36,7 +36,7 @@ from common import flag
 class Flags(dmd.Flags):
     students: list[int] = flag([8], "number of students K; several numbers train as one stack and are compared")
     partition: str = flag("consecutive", "how the classes are split", "dm", ("consecutive",))
-    target_l1: float = flag(0.0, "exit with 1 if the l1 of the largest K is above this; 0 = no target")
+    target_l1: float = flag(0.0, "exit with 1 if the l1 of the largest K is above this; 0 = no target", low=0)
 
 
 PRESETS = common.merge(edm.PRESETS, dmd.PRESETS)
@@ -237,6 +237,7 @@ def estimate(flags: Flags, device) -> float:
 def main(argv=None):
     """The main job: teacher, pairs, students, evaluation, figures. Returns 1 if --target-l1 is missed."""
     flags = common.parse(Flags, PRESETS, argv, __doc__)
+    dmd.check_flags(flags)
     facts = data.DATASETS[flags.dataset]
     flags.students = sorted(set(flags.students))
     parts = {K: partition(facts.classes, K, flags.partition) for K in flags.students}

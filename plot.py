@@ -160,6 +160,17 @@ def teacher_error(home: Path) -> plt.Figure:
     return fig
 
 
+def scatter(arrays: dict, names: list[str]) -> plt.Figure:
+    """Samples coloured by class, a panel per sampler."""
+    fig, axes = plt.subplots(1, len(names), figsize=(4.8 * len(names), 4.8), squeeze=False)
+    for ax, name in zip(axes[0], names):
+        ax.scatter(*arrays[name].T, c=arrays["label"], s=6, cmap="tab10", vmin=0, vmax=9)
+        ax.set(aspect="equal", xlim=(-0.65, 0.65), ylim=(-0.65, 0.65), title=f"{name}, {len(arrays['label'])} samples",
+               xlabel="$x_1$", ylabel="$x_2$")
+    fig.tight_layout()
+    return fig
+
+
 def draw(out, tag: str = "") -> list[Path]:
     """Draw every figure that the files of run folder `out` allow; returns their paths. UserError if there is no run."""
     out, suffix = Path(out), f"-{tag}" if tag else ""

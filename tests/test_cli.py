@@ -1,0 +1,284 @@
+"""Command lines as a careless user types them: one line, exit code 2, nothing lost. And the house's own rules."""
+import ast
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+import data
+import dmd
+import edm
+import msd
+import plot
+import sample
+
+ROOT = Path(__file__).resolve().parent.parent
+SMOKE = ["--preset", "smoke", "--quiet"]
+ORDER = ["common", "toy_mog", "unet", "plot", "fid", "data", "snapshot", "edm", "dmd", "tsm", "adm", "consistency", "msd", "o2mkd",
+         "sample", "reproduce"]
+
+
+def refused(capsys, main, argv) -> str:
+    """The one line that a misuse prints; checks exit code 2 and the absence of a stack trace."""
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    err = capsys.readouterr().err.strip()
+    assert err.startswith("error: ") and "Traceback" not in err
+    return err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--students", "0"], ["--students 0", "1 to 8"]),
+    (["--students", "16"], ["--students 16", "1 to 8"]),
+    (["--students", "many"], ["--students", "int"]),
+    (["--preset", "papre"], ["papre", "did you mean paper?"]),
+    (["--dataset", "toi"], ["toi", "did you mean toy?"]),
+    (["--steqs", "5"], ["--steqs", "--steps"]),
+    (["--fake", "kdee"], ["did you mean kde?"]),
+    (["--device", "warp"], ["--device warp"]),
+    (["--teacher", "nowhere.pt", "--preset", "smoke"], ["nowhere.pt", "no such file"]),
+    (["--partition", "consecutif"], ["did you mean consecutive?"]),
+    (["--steps", "0"], ["--steps 0"]),
+    (["--batch", "-3"], ["--batch -3"]),
+    (["--bins", "5"], ["--bins"]),
+    (["--bins", "400", "20"], ["--bins"]),
+    (["--reg-weight", "0", "--dm-weight", "0"], ["--reg-weight"]),
+    (["--lr", "nan"], ["--lr"]),
+    (["--sampler-steps", "1"], ["--sampler-steps"]),
+])
+def test_bad_flags(capsys, tmp_path, argv, words):
+    line = refused(capsys, msd.main, [*argv, "--out", str(tmp_path / "x"), "--quiet"])
+    for word in words:
+        assert word in line
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_uneven_students_are_allowed_and_printed(capsys):
+    msd.main(["--students", "3", "--dry-run"])
+    assert "sizes 3, 3, 2" in capsys.readouterr().out
+
+
+def test_dry_run_prints_every_value_and_source_and_writes_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert msd.main(["--preset", "paper", "--students", "1", "8", "--batch", "64", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"--lr +1e-07 +preset paper", text) and re.search(r"--batch +64 +flag", text)
+    assert re.search(r"--steps +200000 +preset paper", text) and re.search(r"--teacher-steps +100000 +preset paper", text)
+    assert re.search(r"--bins +0 749 +preset paper", text) and re.search(r"--pairs +1000 ", text)
+    assert re.search(r"--weight-decay +0.01 +default", text)
+    assert "parameters:" in text and "rank 0: students 0 1 2 3 4 5 6 7" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_made_with_other_flags_is_refused(capsys, run):
+    line = refused(capsys, msd.main, [*SMOKE, "--students", "3", "--seeds", "2", "--out", str(run), "--lr", "0.5"])
+    assert "lr (0.005 there, 0.5 now)" in line and "--out" in line
+    line = refused(capsys, msd.main, [*SMOKE, "--students", "3", "--out", str(run), "--teacher-steps", "61"])
+    assert "teacher_steps (60 there, 61 now)" in line
+
+
+def test_truncated_checkpoint_falls_back_to_the_one_before(capsys, tmp_path):
+    argv = [*SMOKE, "--students", "2", "--steps", "40", "--save-every", "10", "--out", str(tmp_path)]
+    assert msd.main(argv) == 0
+    folder = tmp_path / "seed0" / "students2" / "dm"
+    whole = common.load_tensors(folder / "ema.pt")["net"]
+    (folder / "ema.pt").unlink()
+    state = folder / "state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    capsys.readouterr()
+    assert msd.main(argv) == 0
+    assert "damaged" in capsys.readouterr().err
+    again = common.load_tensors(folder / "ema.pt")["net"]
+    assert all(torch.equal(whole[k], again[k]) for k in whole)
+
+
+@pytest.mark.parametrize("name", ["best.pt", "ema.pt"])
+def test_unreadable_results_of_a_finished_run(capsys, run, tmp_path, name):
+    out = tmp_path / "copy"
+    shutil.copytree(run, out)
+    broken = out / "seed0" / ("students3/dm" if name == "best.pt" else "teacher") / name
+    broken.write_bytes(b"not a checkpoint")
+    argv = [*SMOKE, "--students", "1", "3", "--seeds", "2", "--out", str(out)]
+    assert str(broken) in refused(capsys, msd.main, argv)
+
+
+def test_checkpoints_never_run_code(capsys, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path}/ran",))
+    torch.save({"net": Evil()}, tmp_path / "evil.pt")
+    assert "evil.pt" in refused(capsys, msd.main, [*SMOKE, "--teacher", str(tmp_path / "evil.pt"), "--out", str(tmp_path / "o")])
+    assert not (tmp_path / "ran").exists()
+
+
+def test_foreign_checkpoint_as_teacher(capsys, tmp_path):
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
+    assert "not a teacher" in refused(capsys, msd.main, [*SMOKE, "--teacher", str(tmp_path / "other.pt"), "--out", str(tmp_path)])
+
+
+def test_non_finite_loss_names_step_student_and_checkpoint(capsys, tmp_path, monkeypatch):
+    count = iter(range(10 ** 6))
+    original = dmd.dm_gradient
+
+    def poisoned(x, *rest):
+        grad = original(x, *rest)
+        if next(count) == 25:
+            grad[1] = float("nan")
+        return grad
+    monkeypatch.setattr(dmd, "dm_gradient", poisoned)
+    argv = [*SMOKE, "--students", "3", "--steps", "60", "--reg-warmup", "4", "--save-every", "10", "--out", str(tmp_path)]
+    line = refused(capsys, msd.main, argv)
+    assert "not finite at step 29" in line and "student 1 of 3" in line and "step 20" in line
+    monkeypatch.setattr(dmd, "dm_gradient", original)
+    assert msd.main(argv) == 0                                      # nothing lost: the same command goes on
+
+
+def test_no_write_permission(capsys, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    line = refused(capsys, msd.main, [*SMOKE, "--out", str(tmp_path / "file" / "run")])
+    assert "cannot write" in line and "--out" in line
+
+
+def test_full_disk(capsys, tmp_path, monkeypatch):
+    argv = [*SMOKE, "--students", "2", "--steps", "40", "--save-every", "10", "--out", str(tmp_path)]
+    original, calls = torch.save, []
+
+    def full(obj, path, *rest):
+        calls.append(path)
+        if "students2" in str(path) and len([c for c in calls if "students2" in str(c)]) == 3:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        return original(obj, path, *rest)
+    monkeypatch.setattr(torch, "save", full)
+    line = refused(capsys, msd.main, argv)
+    assert "No space left" in line and "intact" in line
+    assert common.load_tensors(tmp_path / "seed0/students2/dm/state.pt")["step"] == 20
+    monkeypatch.setattr(torch, "save", original)
+    assert msd.main(argv) == 0
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--run", "nowhere"], ["nowhere", "train one"]),
+    (["--students", "5"], ["--students 5", "students3"]),
+    (["--classes", "9", "--students", "3"], ["--classes 9", "0 to 7"]),
+    (["--seeds", "a-b"], ["--seeds a-b"]),
+    (["--seeds", "5-1"], ["--seeds 5-1"]),
+])
+def test_bad_sampling(capsys, run, tmp_path, argv, words):
+    base = [] if "--run" in argv else ["--run", str(run)]
+    line = refused(capsys, sample.main, [*base, *argv, "--timing", "0", "--out", str(tmp_path / "s")])
+    assert all(w in line for w in words)
+
+
+def test_plot_without_a_run(capsys, tmp_path):
+    assert "msd.py" in refused(capsys, plot.main, [str(tmp_path)])
+    assert "usage" in refused(capsys, plot.main, [])
+
+
+# ------------------------------------------------------------------------------------------------------------ the house
+
+def modules():
+    return sorted(p.stem for p in ROOT.glob("*.py"))
+
+
+def test_import_order():
+    """A file imports only files above it in DESIGN's table; only plot.py imports matplotlib."""
+    assert set(modules()) <= set(ORDER)
+    for name in modules():
+        imported = set()
+        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {a.name.split(".")[0] for a in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.split(".")[0])
+        for other in imported & set(ORDER):
+            assert ORDER.index(other) < ORDER.index(name), f"{name} imports {other}"
+        assert name == "plot" or "matplotlib" not in imported
+
+
+def test_equation_index_both_ways():
+    """Every [Paper Eq. n] tag in a function's docstring stands in README's index with that function, and the reverse."""
+    tagged = set()
+    for name in modules():
+        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                for paper, numbers in re.findall(r"\[(MSD|EDM) ((?:(?:Eq\.|Alg\.) \d+(?:, )?)+)\]", ast.get_docstring(node) or ""):
+                    tagged |= {(f"{paper} {n}", f"{name}.py::{node.name}") for n in re.findall(r"(?:Eq\.|Alg\.) \d+", numbers)}
+    text = (ROOT / "README.md").read_text()
+    section = text.split("## Equation index")[1].split("\n## ")[0]
+    listed = set()
+    tests = "".join(p.read_text() for p in (ROOT / "tests").glob("*.py"))
+    for row in re.findall(r"^\| ((?:MSD|EDM) [^|]+?) \| ([^|]+) \| ([^|]+) \|", section, re.M):
+        for place in re.findall(r"`([a-z_]+\.py::\w+)`", row[1]):
+            listed.add((row[0], place))
+        for test in re.findall(r"`(?:tests/\w+\.py::)?(test_\w+)`", row[2]):
+            assert f"def {test}(" in tests, test
+    assert tagged == listed, f"only in code: {tagged - listed}; only in README: {listed - tagged}"
+
+
+def readme_commands():
+    text = (ROOT / "README.md").read_text() + (ROOT / "EXERCISES.md").read_text()
+    lines = re.findall(r"^(?:    )?((?:\.venv/bin/)?python [a-z0-9_/]+\.py [^\n#]*)", text, re.M)
+    return sorted({" ".join(line.split()) for line in lines})
+
+
+@pytest.mark.parametrize("line", readme_commands())
+def test_commands_that_readme_prints(line, run, tmp_path, monkeypatch):
+    """Each in process, at smoke size, in a folder that already holds a smoke run at runs/toy."""
+    shutil.copytree(run, tmp_path / "runs" / "toy")
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(line.split("&&")[-1])
+    script, argv = Path(words[1]).stem, words[2:]
+    if script == "plot":
+        plot.main(argv)
+    elif script == "sample":
+        argv = [w if w != "8" else "3" for w in argv]
+        sample.main([*argv, "--timing", "64", "--steps", "8"])
+    elif script == "benchmark":
+        subprocess.run([sys.executable, str(ROOT / words[1]), "--quick"], check=True, stdout=subprocess.DEVNULL)
+    else:
+        module = {"msd": msd, "dmd": dmd, "edm": edm}[script]
+        argv = [w for w in argv if not w.startswith("--dry-run")]
+        if "--preset" in argv:
+            argv[argv.index("--preset") + 1] = "smoke"
+        for heavy in ("--steps", "--pairs", "--target-l1"):         # sizes that belong to the full run
+            if heavy in argv:
+                del argv[argv.index(heavy):argv.index(heavy) + 2]
+        if "--seeds" in argv:
+            argv[argv.index("--seeds") + 1] = "2"
+        argv = argv + ([] if "--out" in argv else ["--out", "runs/fresh"])
+        assert not module.main([*argv, *(["--preset", "smoke"] if "--preset" not in argv else []), "--quiet"])
+
+
+def test_readme_has_the_two_commands_and_existing_files():
+    text = (ROOT / "README.md").read_text()
+    for end in ("msd.py --dataset toy --students 8", "-m pytest"):
+        assert f"python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && .venv/bin/python {end}" in text
+    for path in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / path).exists(), path
+    assert (ROOT / ".ci" / "run").read_text().count("-m pytest") == 1
+
+
+@pytest.mark.parametrize("name", ["toy_mog", "edm", "dmd", "msd", "sample", "plot", "data", "common"])
+def test_public_names_have_docstrings(name):
+    for node in ast.parse((ROOT / f"{name}.py").read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            assert ast.get_docstring(node) or node.name in ("Flags",), f"{name}.py: {node.name}"
+
+
+def test_exercises_name_functions_and_tests_that_exist():
+    text = (ROOT / "EXERCISES.md").read_text()
+    blanks = re.findall(r"^\*\*Blank\*\*: `(\w+)\.(\w+)`", text, re.M)
+    judges = re.findall(r"^\*\*Judge\*\*: `python -m pytest (tests/\w+\.py) -k \"?([\w ]+?)\"?`", text, re.M)
+    assert len(blanks) == len(judges) >= 3
+    for (module, function), (path, words) in zip(blanks, judges):
+        assert hasattr(sys.modules[module], function)
+        assert any(w in (ROOT / path).read_text() for w in words.split(" or "))
