@@ -37,7 +37,7 @@ SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7
 @dataclasses.dataclass
 class Flags:
     dataset: str = flag("toy", "what to train on", choices=tuple(data.DATASETS))
-    preset: str = flag("default", "a line of PRESETS: default, paper or smoke")
+    preset: str = flag("default", "a line of PRESETS: default, few-pairs, paper or smoke")
     out: str = flag("runs/toy", "the run folder")
     seed: int = flag(0, "first seed; seed S lives in OUT/seedS", low=0)
     seeds: int = flag(1, "number of seeds, S, S+1, …, trained as one stack", low=1)
@@ -63,6 +63,7 @@ class Flags:
 
 PRESETS = {
     ("toy", "default"): {},
+    ("toy", "few-pairs"): {},
     ("toy", "paper"): dict(teacher_steps=100_000, teacher_lr=1e-4, teacher_decay="constant", noise_law="bins", sampler_steps=256),
     ("toy", "smoke"): dict(teacher_steps=60, teacher_batch=64, sampler_steps=8, eval_samples=800, save_every=20),
 }

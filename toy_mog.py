@@ -86,7 +86,7 @@ class ToyNet(nn.Module):
     class set their phases. A wave of frequency |w| says nothing about x0 once the noise spans it, so its amplitude falls as
     exp(-(|w| s / CUTOFF)^2 / 2), where s = c_in sigma is the noise's std in the scaled input. Residual SiLU layers follow.
     `features=True` also returns the last hidden layer [K, B, width], the bottleneck."""
-    LOWEST, HIGHEST, CUTOFF, SIGMA_DATA = 0.5, 60.0, 16.0, 0.5
+    LOWEST, HIGHEST, CUTOFF, SIGMA_DATA = 0.5, 60.0, 48.0, 0.5
 
     def __init__(self, students: int = 1, width: int = 64, depth: int = 2, classes: int = CLASSES, seed: int = 0):
         super().__init__()

@@ -80,7 +80,7 @@ def test_dry_run_prints_every_value_and_source_and_writes_nothing(capsys, tmp_pa
 
 def test_a_folder_made_with_other_flags_is_refused(capsys, run):
     line = refused(capsys, msd.main, [*SMOKE, "--students", "3", "--seeds", "2", "--out", str(run), "--lr", "0.5"])
-    assert "lr (0.005 there, 0.5 now)" in line and "--out" in line
+    assert "lr (0.01 there, 0.5 now)" in line and "--out" in line
     line = refused(capsys, msd.main, [*SMOKE, "--students", "3", "--out", str(run), "--teacher-steps", "61"])
     assert "teacher_steps (60 there, 61 now)" in line
 
