@@ -45,7 +45,7 @@ def command(main):
             raise SystemExit(2) from None
         except KeyboardInterrupt:
             print("\ninterrupted; the same command goes on where its last checkpoint stands:\n  "
-                  + shlex.join([Path(sys.executable).name, *sys.argv]), file=sys.stderr)
+                  + shlex.join([sys.executable, *sys.argv]), file=sys.stderr)
             raise SystemExit(130) from None
         except BrokenPipeError:
             raise SystemExit(1) from None
@@ -137,7 +137,7 @@ def describe(flags) -> str:
     for f in dataclasses.fields(flags):
         value = getattr(flags, f.name)
         shown = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-        rows.append(f"  {option(f.name):<18} {shown:<14} {flags.source[f.name]:<14} {f.metadata['help']}")
+        rows.append(f"  {option(f.name):<18} {shown:<12} {flags.source[f.name]:<17} {f.metadata['help']}")
     return "\n".join(rows)
 
 
@@ -206,12 +206,6 @@ class Draws:
 
 # ------------------------------------------------------------------------------------------------ training, in general
 
-def stack(net: torch.nn.Module, rows: list[int], like: torch.nn.Module) -> torch.nn.Module:
-    """Copy rows of one stack's weights into another: member i of `like` gets member rows[i] of `net`. Returns `like`."""
-    like.load_state_dict({k: v[rows] for k, v in net.state_dict().items()})
-    return like
-
-
 def fingerprint(net: torch.nn.Module) -> str:
     """A hash of every weight: equal before and after means frozen."""
     h = hashlib.sha256()
@@ -250,6 +244,20 @@ def set_learning_rate(optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
+def verdict(a: list[float], b: list[float]) -> dict:
+    """Is a below b? Paired by seed: holds if the mean of b - a exceeds t(0.95, n - 1) standard errors; n >= 2, else only measured."""
+    n = len(a)
+    if n != len(b) or not n:
+        raise ValueError("verdict needs two lists of equal, non-zero length")
+    difference = [y - x for x, y in zip(a, b)]
+    mean = sum(difference) / n
+    if n == 1:
+        return {"mean": mean, "error": None, "n": n, "verdict": "measured"}
+    error = math.sqrt(sum((d - mean) ** 2 for d in difference) / (n - 1) / n)
+    t = {2: 6.314, 3: 2.920, 4: 2.353, 5: 2.132, 6: 2.015, 7: 1.943, 8: 1.895, 9: 1.860, 10: 1.833}.get(n, 1.833)
+    return {"mean": mean, "error": error, "n": n, "verdict": "holds" if mean > t * error else "does not hold"}
+
+
 # ------------------------------------------------------------------------------------------------------- run folders
 
 def _failed_write(path: Path, error: Exception) -> UserError:
@@ -284,9 +292,12 @@ def save_state(folder: Path, state: dict) -> None:
     """state.pt becomes state.prev.pt once the new one is whole: at any moment one of the two can be read."""
     path = folder / "state.pt"
     save_tensors(folder / "state.new.pt", state)
-    if path.exists():
-        os.replace(path, folder / "state.prev.pt")
-    os.replace(folder / "state.new.pt", path)
+    try:
+        if path.exists():
+            os.replace(path, folder / "state.prev.pt")
+        os.replace(folder / "state.new.pt", path)
+    except OSError as error:
+        raise _failed_write(path, error) from None
 
 
 def load_tensors(path: Path):
@@ -316,15 +327,30 @@ def _join(trees: list):
     return type(first)(_join(list(part)) for part in zip(*trees)) if isinstance(first, (list, tuple)) else first
 
 
+def load_json(path: Path, *keys: str) -> dict:
+    """Read a JSON object of a run folder, with at least these keys. UserError if it is missing or damaged."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (ValueError, OSError):
+        value = None
+    if not isinstance(value, dict) or any(k not in value for k in keys):
+        raise UserError(f"{path}: damaged; delete it and run the same command again")
+    return value
+
+
+def bar(iterable, name: str, total: int, quiet: bool):
+    """A progress bar for work that is not a training loop."""
+    return tqdm(iterable, desc=name, total=total, disable=quiet, mininterval=0.5, dynamic_ncols=True)
+
+
 def check_config(folder: Path, config: dict) -> None:
     """Write config.json, or compare with the one that is there: a folder made with other flags is refused."""
     path = folder / "config.json"
     config = json.loads(json.dumps(config))
     if path.exists():
-        try:
-            old = json.loads(path.read_text())
-        except ValueError:
-            raise UserError(f"{path}: not readable; delete the folder {folder} or choose another --out") from None
+        old = load_json(path)
         differ = [k for k in sorted({*old, *config}) if old.get(k) != config.get(k)]
         if differ:
             what = ", ".join(f"{k} ({old.get(k)} there, {config.get(k)} now)" for k in differ)
@@ -348,10 +374,15 @@ def saved_steps(folder: Path) -> dict[int, Path]:
     return steps
 
 
-def unfinished(folders: list[Path]) -> list[list[Path]]:
-    """Folders without ema.pt, in groups that share a checkpoint (or none): each group can train as one stack."""
+def finished(folder: Path, results: tuple[str, ...]) -> bool:
+    """Does the folder hold the files that a stage leaves at its end?"""
+    return all((folder / name).exists() for name in results)
+
+
+def unfinished(folders: list[Path], results: tuple[str, ...]) -> list[list[Path]]:
+    """Folders without these results, in groups that share a checkpoint (or none): each group can train as one stack."""
     groups: dict[int, list[Path]] = {}
-    left = [f for f in folders if not (f / "ema.pt").exists()]
+    left = [f for f in folders if not finished(f, results)]
     steps = {f: {0, *saved_steps(f)} for f in left}
     shared = max(set.intersection(*steps.values())) if left else 0
     for f in left:
@@ -411,7 +442,7 @@ class Stage:
             if self.stop:
                 raise KeyboardInterrupt
             self.stop = True
-            print(f"\n{self.name}: stopping after this step …", file=sys.stderr)
+            os.write(2, f"\n{self.name}: stopping after this step\n".encode())               # print is not safe here
         old = {}
         try:
             for s in (signal.SIGINT, signal.SIGTERM):
@@ -446,23 +477,23 @@ class Stage:
             raise UserError(f"{self.name}: the loss is not finite at step {step} ({', '.join(bad[:3])}); {where}; "
                             f"lower the learning rate (and choose another --out)")
 
-    def save(self, step: int, final: bool = False, **parts) -> None:
+    def save(self, step: int, **parts) -> None:
         """Checkpoint every save_every steps, at the end, and when a stop was asked for (which then stops the run)."""
         if not (step % self.save_every == 0 or step == self.steps or self.stop):
             return
         trees = {k: p if isinstance(p, dict) else p.state_dict() for k, p in parts.items()}
         if step != self.last:
-            self._flush(step)                                       # rows first: those past a resumed step are dropped
+            self._flush()                                           # rows first: those past a resumed step are dropped
             for folder, rows in self.folders.items():
                 whole = len(self.folders) == 1
                 state = {"step": step, "seconds": self.seconds(),
                          "parts": trees if whole else _map(trees, lambda t: t[rows].clone())}
                 save_state(folder, state)
             self.last = step
-        if self.stop and step < self.steps:
+        if self.stop:
             raise KeyboardInterrupt
 
-    def _flush(self, step: int) -> None:
+    def _flush(self) -> None:
         for folder, rows in self.folders.items():
             try:
                 with open(folder / "metrics.csv", "a", newline="") as f:

@@ -29,7 +29,8 @@ class Facts:
 
 
 def toy_statistics(x: Tensor, label: Tensor) -> Tensor:
-    """Histogram of each class, counts [8, bins^2 + 1]."""
+    """Histogram of each class, counts [8, bins^2 + 1], on the CPU."""
+    x, label = x.cpu(), label.cpu()
     return torch.stack([toy_mog.histogram(x[label == c]) for c in range(toy_mog.CLASSES)])
 
 

@@ -12,8 +12,15 @@ teacher's weights. Two flags choose between the paper's two variants of DM:
 
 Not here: the partition and F_DM's label sets (msd.py), the adversarial head.
 
-Departures from the paper
-PLACEHOLDER
+Departures from the paper, on the toy (`--preset paper`: App. D.1's numbers; where it is silent, D.2.1's and DMD's)
+ 1. G first trains by regression alone (--reg-warmup; precedent: App. D.4) and mu_fake gets a head start (--fake-warmup): at
+    sigma = 80 the teacher's weights say "class mean", and from there the KL term loses modes.
+ 2. w_t = 1 / c_out(sigma): the paper's 1 / mean |x - mu_real| is, in 2-D, a mean of two numbers and often near 0.
+ 3. The KL term sees bins 0 to 450 of 1000 (sigma <= 1.6), not 0 to 749: the rings have radius 0.1. mu_fake trains on the same.
+ 4. Four noise draws per sample, one per quarter of the bins, averaged: they need no backward pass through G.
+ 5. AdamW betas (0.5, 0.99): mu_fake lags behind G, and momentum 0.9 turns that lag into oscillation (modes die and return).
+ 6. 64 000 pairs at weight 1, not 1 000 at 0.25 (`--preset few-pairs`); RMS distance for LPIPS, which needs images.
+ 7. An average of G's weights is kept, at the best of several evaluations on draws that are not reported.
 
 Run      python dmd.py --dataset toy
 """
@@ -45,7 +52,7 @@ class Flags(edm.Flags):
     clip_norm: float = flag(0.0, "clip each student's gradient norm; 0 = off", "dm", low=0)
     ema: float = flag(0.99, "decay of the average of G's weights (what is kept and sampled)", "dm", low=0)
     dm_weight: float = flag(1.0, "weight of the KL term; 0 = regression only", "dm", low=0)
-    reg_weight: float = flag(1.0, "weight of the regression term; 0 = none", "dm", low=0)
+    reg_weight: float = flag(1.0, "weight of the regression term beside the KL term; 0 = none, and no pairs", "dm", low=0)
     reg_warmup: int = flag(1000, "first updates of G by regression alone (its weight is then 1)", "dm", low=0)
     fake_warmup: int = flag(400, "updates of the fake denoiser before the KL term sets in", "dm", low=0)
     ttur: int = flag(1, "updates of the fake denoiser per update of G", "dm", low=1)
@@ -125,12 +132,13 @@ def one_step(G, z: Tensor, label: Tensor | None) -> Tensor:
 
 # --------------------------------------------------------------------------------------------------- data for the loop
 
-def make_pairs(teacher, z: Tensor, label: Tensor, steps: int, chunk: int = 8192) -> Tensor:
+def make_pairs(teacher, z: Tensor, label: Tensor, steps: int, chunk: int = 8192, name: str = "") -> Tensor:
     """y [..., N, *shape]: where the teacher's deterministic ODE takes each unit-variance latent z [MSD App. D.2.1].
 
-    label is [..., N]. Serves the paired data D_paired as well as the teacher's own samples."""
+    label is [..., N]. Serves the paired data D_paired as well as the teacher's own samples; `name` shows a progress bar."""
     lead = label.ndim - 1
-    return torch.cat([edm.heun(teacher, a, b, steps) for a, b in zip(z.split(chunk, lead), label.split(chunk, lead))], lead)
+    parts = list(zip(z.split(chunk, lead), label.split(chunk, lead)))
+    return torch.cat([edm.heun(teacher, a, b, steps) for a, b in common.bar(parts, name, len(parts), not name)], lead)
 
 
 def kde_denoiser(x_t: Tensor, sigma: Tensor, label: Tensor, cloud: Tensor) -> Tensor:
@@ -149,11 +157,12 @@ def kde_denoiser(x_t: Tensor, sigma: Tensor, label: Tensor, cloud: Tensor) -> Te
 def make_cloud(G, draws, step: int, classes: int, points: int, shape) -> Tensor:
     """Fresh samples [M, classes, points, 2] of every class that a member owns, for `kde_denoiser`."""
     most = max(len(c) for c in draws.classes)
-    own = torch.stack([c[torch.arange(most, device=c.device) % len(c)] for c in draws.classes])  # [M, most]
-    label = own.repeat_interleave(points, 1)
-    x = one_step(G, draws.normal(step, "kde z", most * points, *shape), label)
+    own = torch.stack([c[torch.arange(most, device=c.device) % len(c)] for c in draws.classes])  # [M, most], some twice
+    row = torch.arange(len(own), device=own.device)[:, None]
+    z = draws.normal(step, "kde z", classes, points, *shape)[row, own].flatten(1, 2)            # keyed by class: neighbours
+    x = one_step(G, z, own.repeat_interleave(points, 1))                                        # in the stack do not matter
     cloud = torch.zeros(len(own), classes, points, *shape, device=x.device)
-    cloud[torch.arange(len(own), device=x.device)[:, None], own] = x.view(len(own), most, points, *shape)
+    cloud[row, own] = x.unflatten(1, (most, points))
     return cloud
 
 
@@ -190,8 +199,13 @@ def own_distance(G, facts, members, references: dict, samples: int, device, chun
 
 # ------------------------------------------------------------------------------------------------------------ training
 
+def first_kl_step(flags: Flags) -> int:
+    """The update at which the KL term sets in: after the regression phase, if there is one; never without a KL term."""
+    return flags.steps if flags.dm_weight == 0 else flags.reg_warmup if flags.reg_weight > 0 else 0
+
+
 def train(run: common.Stage, flags: Flags, members, teacher, net, pairs: dict, pair_index: list, references: dict, device):
-    """Train the stack of generators that `net` initialises; returns the best averaged weights of each member.
+    """Train the stack of generators that `net` initialises; returns (last, best) averaged weights of each member.
 
     members: M students, each with its classes Y_k; KL conditions come from these alone [MSD Sec. 3.2, F_DM]
     teacher: denoiser (x, sigma, label) -> mu_real, [M, B, ...], never changed;  net: stack of M Precond nets, copied
@@ -212,13 +226,12 @@ def train(run: common.Stage, flags: Flags, members, teacher, net, pairs: dict, p
     low, high = flags.bins
     grid = edm.sigma_bins().float().to(device)
     row = pairs["row"][:, None]
-    first_kl = flags.steps if flags.dm_weight == 0 else flags.reg_warmup if flags.reg_weight > 0 else 0
+    first_kl = first_kl_step(flags)
     for step in run.range(start):
         kl = step >= first_kl                                       # two phases, each with its own warm-up and decay
         begin, end = (first_kl, flags.steps) if kl else (0, first_kl)
         rate = common.learning_rate(1.0, step - begin, end - begin, flags.warmup, flags.decay)
         common.set_learning_rate(opt_G, rate * (flags.lr if kl else flags.reg_lr))
-        common.set_learning_rate(opt_fake, flags.fake_lr * (rate if kl else 1.0))
 
         # the generator's turn
         loss = torch.zeros(len(members), device=device)
@@ -237,7 +250,7 @@ def train(run: common.Stage, flags: Flags, members, teacher, net, pairs: dict, p
             grad = grad.unflatten(1, (B, n)).mean(2)
             loss = loss + flags.dm_weight * dm_loss(x, grad).mean(-1)
         if flags.reg_weight > 0:
-            pick = draws.integers(step, "pair", 0, 2 ** 62, B)
+            pick = draws.integers(step, "pair", 0, 2 ** 62, B)      # wide: one stream, however many pairs a member may use
             pick = torch.stack([index[p % len(index)] for index, p in zip(pair_index, pick)])   # [M, B]
             x_ref = one_step(G, pairs["z"][row, pick], pairs["label"][row, pick])
             reg = regression_loss(x_ref, pairs["y"][row, pick], flags.distance).mean(-1)
@@ -250,17 +263,17 @@ def train(run: common.Stage, flags: Flags, members, teacher, net, pairs: dict, p
         common.ema_update(ema, G, flags.ema, step)
 
         # the fake denoiser's turns: the first on G's samples of this step, the others on fresh ones
-        turns = flags.ttur if kl else 0
-        if step + 1 == max(1, first_kl) < flags.steps:              # a head start for the fake denoiser
-            turns = max(turns, flags.fake_warmup)
+        head_start = step + 1 == max(1, first_kl) < flags.steps
+        common.set_learning_rate(opt_fake, flags.fake_lr * (rate if kl and not head_start else 1.0))
+        turns = flags.fake_warmup if head_start else flags.ttur if kl else 0
         for turn in range(turns if flags.fake == "net" else 0):
             if turn > 0 or not kl:
                 label = draws.label(step, f"fake label {turn}", B)
                 with torch.no_grad():
                     x = one_step(G, draws.normal(step, f"fake z {turn}", B, *shape), label)
-            sigma = grid[draws.integers(step, f"fake sigma {turn}", 0, high + 1, B)]
+            sigma_fake = grid[draws.integers(step, f"fake sigma {turn}", 0, high + 1, B)]       # [M, B]
             noise = draws.normal(step, f"fake noise {turn}", B, *shape)
-            fake_losses = edm.denoising_loss(mu_fake, x.detach(), label, sigma, noise, facts.sigma_data)  # [M, B]
+            fake_losses = edm.denoising_loss(mu_fake, x.detach(), label, sigma_fake, noise, facts.sigma_data)
             fake_loss = fake_losses.mean(-1)
             run.check(step, fake_loss, names)
             opt_fake.zero_grad()
@@ -270,7 +283,7 @@ def train(run: common.Stage, flags: Flags, members, teacher, net, pairs: dict, p
 
         if (step + 1) % 50 == 0:
             run.log(step + 1, **({"regression": reg} if flags.reg_weight > 0 else {}), **({"gap": gap} if kl else {}),
-                    **(by_band(fake_losses, sigma, "fake loss") if kl and flags.fake == "net" else {}))
+                    **(by_band(fake_losses, sigma_fake, "fake loss") if kl and flags.fake == "net" else {}))
         if (step + 1) % flags.eval_every == 0 or step + 1 == flags.steps:
             distance = own_distance(ema, facts, members, references, flags.select_samples, device)
             better = distance < record["distance"]
@@ -321,7 +334,7 @@ def get_inputs(flags: Flags, device) -> Inputs:
         def solved(purpose: str, number: int) -> dict:
             z = torch.randn(1, number, *facts.shape, generator=common.generator(seed, purpose)).to(device)
             label = data.stratified(number, facts.classes, device)[None]
-            y = make_pairs(denoise, z, label, flags.sampler_steps)
+            y = make_pairs(denoise, z, label, flags.sampler_steps, name="" if flags.quiet else f"sampling ({purpose})")
             return {"z": z.cpu(), "y": y.cpu(), "label": label.cpu()}
 
         def stored(folder: Path, config: dict, parts: dict[str, int]) -> dict:
@@ -344,8 +357,16 @@ def stage_folder(flags: Flags, seed: int, students: int, stage: str = "dm") -> P
     return Path(flags.out) / f"seed{seed}" / f"students{students}{tag}" / stage
 
 
+def config(flags: Flags, seed: int) -> dict:
+    """The flags that determine the students of a seed, but for K and the partition."""
+    return {**edm.lineage(flags, seed), "sampler_steps": flags.sampler_steps, "weight_decay": flags.weight_decay,
+            **common.stage_config(flags, "pairs"), **common.stage_config(flags, "dm")}
+
+
 def distil(flags: Flags, members: list, pair_index: list, inputs: Inputs, device) -> None:
-    """Train every folder of `members` that is not finished, as one stack where it can; leave ema.pt and best.pt in each."""
+    """G_k = Distill_DM(mu_teacher, F_DM(D, Y_k)) for all members [MSD Eq. 2, first line].
+
+    Train every folder of `members` that is not finished, as one stack where it can; leave ema.pt and best.pt in each."""
     seeds = edm.seeds(flags)
     facts = data.DATASETS[flags.dataset]
     of_folder: dict[Path, list[int]] = {}
@@ -353,13 +374,11 @@ def distil(flags: Flags, members: list, pair_index: list, inputs: Inputs, device
         of_folder.setdefault(stage_folder(flags, m.seed, m.students), []).append(i)
     for folder, index in of_folder.items():
         first = members[index[0]]
-        common.check_config(folder, {
-            **edm.lineage(flags, first.seed), "sampler_steps": flags.sampler_steps, **common.stage_config(flags, "pairs"),
-            **common.stage_config(flags, "dm"), "weight_decay": flags.weight_decay, "students": first.students,
-            "partition": [members[i].classes for i in index]})
-        if (folder / "ema.pt").exists():
+        common.check_config(folder, {**config(flags, first.seed), "students": first.students,
+                                     "partition": [members[i].classes for i in index]})
+        if common.finished(folder, ("best.pt", "ema.pt")):
             print(f"{folder}: already trained, reused")
-    for group in common.unfinished(list(of_folder)):
+    for group in common.unfinished(list(of_folder), ("best.pt", "ema.pt")):
         slices, chosen = {}, []
         for folder in group:
             slices[folder] = slice(len(chosen), len(chosen) + len(of_folder[folder]))
@@ -374,7 +393,7 @@ def distil(flags: Flags, members: list, pair_index: list, inputs: Inputs, device
                           [pair_index[i].to(device) for i in chosen],
                           {s: r["select"] for s, r in inputs.references.items()}, device)
         for folder, rows in slices.items():
-            about = {"dataset": flags.dataset, "size": facts.sizes[0], "partition": [m.classes for m in stack[rows]]}
+            about = {"dataset": flags.dataset, "size": facts.sizes[0], "partition": [m.classes for m in stack[rows]], "seconds": run.seconds()}
             for name, D in (("best.pt", best), ("ema.pt", ema)):
                 net_rows = {k: v[rows].cpu().clone() for k, v in D.state_dict().items()}
                 common.save_tensors(folder / name, {**about, "net": net_rows})

@@ -172,7 +172,7 @@ def draw_sigma(draws, step: int, batch: int, flags) -> Tensor:
         grid = sigma_bins().float().to(draws.device)
         return grid[draws.integers(step, "sigma", 0, len(grid), batch)]
     sigma = (flags.P_mean + flags.P_std * draws.normal(step, "sigma", batch)).exp()
-    return sigma.clamp(1e-4, 1e3)                                   # 5 standard deviations: keeps ln and 1/sigma finite
+    return sigma.clamp(1e-4, 1e3)                                   # the weight 1 / sigma^2 of a stray draw stays bounded
 
 
 def train(run: common.Stage, flags: Flags, members: list[common.Member], device) -> Precond:
@@ -196,8 +196,8 @@ def train(run: common.Stage, flags: Flags, members: list[common.Member], device)
         loss.sum().backward()
         optimizer.step()
         common.ema_update(ema, D, flags.teacher_ema, step)
-        if step % 50 == 0:
-            run.log(step, loss=loss)
+        if (step + 1) % 50 == 0:
+            run.log(step + 1, loss=loss)
             run.show(loss=loss.mean().item())
         run.save(step + 1, D=D, ema=ema, optimizer=optimizer)
     return ema
@@ -222,7 +222,9 @@ def load_teacher(path) -> Precond:
         facts = data.DATASETS[saved["dataset"]]
         D = Precond(facts.net(1, saved["size"]), facts.sigma_data)
         D.load_state_dict(saved["net"])
-    except (KeyError, TypeError, RuntimeError):
+        if "partition" in saved:
+            raise KeyError("a student, not a teacher")
+    except (KeyError, TypeError, RuntimeError, IndexError, AttributeError, ValueError):
         raise common.UserError(f"{path}: not a teacher checkpoint of this code (give a run's seed*/teacher/ema.pt)") from None
     return D.requires_grad_(False)
 
@@ -239,18 +241,20 @@ def get_teachers(flags: Flags, device) -> list[Precond]:
     folders = {seed: Path(flags.out) / f"seed{seed}" / "teacher" for seed in seeds(flags)}
     for seed, folder in folders.items():
         common.check_config(folder, {"dataset": flags.dataset, "seed": seed, **common.stage_config(flags, "teacher")})
-        if (folder / "ema.pt").exists():
+        if common.finished(folder, ("ema.pt",)):
             print(f"teacher of seed {seed}: reused from {folder}")
-    for group in common.unfinished(list(folders.values())):
+    for group in common.unfinished(list(folders.values()), ("ema.pt",)):
         members = [common.Member(s, 1, 0, tuple(range(facts.classes))) for s, f in folders.items() if f in group]
         run = common.Stage("teacher", {f: slice(i, i + 1) for i, f in enumerate(group)}, flags.teacher_steps, flags.save_every,
                            flags.quiet)
         D = train(run, flags, members, device)
         for i, folder in enumerate(group):
             net = {k: v[i:i + 1].cpu().clone() for k, v in D.state_dict().items()}
-            common.save_tensors(folder / "ema.pt", {"dataset": flags.dataset, "size": facts.sizes[0], "net": net})
             if facts.exact:
-                compare(load_teacher(folder / "ema.pt"), facts, members[i].seed, folder)
+                one = Precond(facts.net(1, facts.sizes[0]), facts.sigma_data).requires_grad_(False)
+                one.load_state_dict(net)
+                compare(one, facts, members[i].seed, folder)
+            common.save_tensors(folder / "ema.pt", {"dataset": flags.dataset, "size": facts.sizes[0], "net": net})
     return [load_teacher(f / "ema.pt").to(device) for f in folders.values()]
 
 

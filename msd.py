@@ -17,7 +17,6 @@ Run      python msd.py --dataset toy --students 8
 Sweep    python msd.py --dataset toy --students 1 2 4 8 --seeds 5
 """
 import dataclasses
-import json
 import time
 from pathlib import Path
 
@@ -36,6 +35,7 @@ from common import flag
 class Flags(dmd.Flags):
     students: list[int] = flag([8], "number of students K; several numbers train as one stack and are compared")
     partition: str = flag("consecutive", "how the classes are split", "dm", ("consecutive",))
+    against: str = flag("", "tag of another variant in the same run folder: compare with it, K by K")
     target_l1: float = flag(0.0, "exit with 1 if the l1 of the largest K is above this; 0 = no target", low=0)
 
 
@@ -44,7 +44,7 @@ PRESETS = common.merge(edm.PRESETS, dmd.PRESETS)
 
 # ------------------------------------------------------------------------------------------- the paper's idea, in full
 
-def partition(classes: int, students: int, how: str = "consecutive", embeddings: Tensor | None = None, seed: int = 0):
+def partition(classes: int, students: int, how: str = "consecutive"):
     """Split classes 0..classes-1 into Y_1..Y_K: a list of K sorted index tensors, disjoint and covering [MSD Sec. 3.1].
 
     consecutive: blocks in numerical order, sizes within one of each other [MSD Sec. 4.1]. UserError if K is out of range."""
@@ -109,6 +109,7 @@ class Students:
     dataset: str
     G: edm.Precond
     router: Router
+    seconds: float                                                  # of training, of the whole stack
 
 
 def load_students(folder, name: str = "best.pt") -> Students:
@@ -121,9 +122,9 @@ def load_students(folder, name: str = "best.pt") -> Students:
         parts = [torch.tensor(p) for p in saved["partition"]]
         G = edm.Precond(facts.net(len(parts), saved["size"]), facts.sigma_data)
         G.load_state_dict(saved["net"])
-    except (KeyError, TypeError, RuntimeError):
+        return Students(saved["dataset"], G.requires_grad_(False), Router(parts), saved["seconds"])
+    except (KeyError, TypeError, RuntimeError, IndexError, AttributeError, ValueError):
         raise common.UserError(f"{folder / name}: not a students' checkpoint of this code") from None
-    return Students(saved["dataset"], G.requires_grad_(False), Router(parts))
 
 
 @torch.no_grad()
@@ -132,7 +133,10 @@ def generate(run, label: Tensor, seeds) -> Tensor:
 
     run: a students' folder (runs/toy/seed0/students8), or what `load_students` returned."""
     students = run if isinstance(run, Students) else load_students(run)
-    return route(students.G, students.router, latents(seeds, data.DATASETS[students.dataset].shape), label)
+    if len(seeds) != len(label):
+        raise common.UserError(f"generate: {len(label)} labels but {len(seeds)} seeds; give one seed per sample")
+    z = latents(seeds, data.DATASETS[students.dataset].shape).to(label.device)
+    return route(students.G, students.router, z, label)
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -150,7 +154,7 @@ def evaluate(flags: Flags, inputs: dmd.Inputs) -> dict:
         floor.append(facts.distance(select, report))
         floor_data.append(facts.distance(*real))
         stored = common.load_tensors(Path(flags.out) / f"seed{seed}" / "reference" / "samples.pt")["report"]
-        teacher.append({f"{facts.metric}_data": facts.distance(report, real[0]),
+        teacher.append({"floor": floor[-1], f"{facts.metric}_data": facts.distance(report, real[0]),
                         **facts.check(stored["y"][0], stored["label"][0])})
         for K in flags.students:
             folder = dmd.stage_folder(flags, seed, K)
@@ -163,7 +167,7 @@ def evaluate(flags: Flags, inputs: dmd.Inputs) -> dict:
             rows[str(K)].append({
                 facts.metric: facts.distance(mine, report), f"{facts.metric}_data": facts.distance(mine, real[0]),
                 "per_class": per_class, "per_class_mean": sum(per_class) / len(per_class), **facts.check(x, label),
-                "seconds": common.load_tensors(folder / "state.pt")["seconds"]})
+                "seconds": students.seconds})
 
     def mean(values):
         return torch.tensor(values, dtype=torch.float64).mean(0).tolist()
@@ -173,7 +177,7 @@ def evaluate(flags: Flags, inputs: dmd.Inputs) -> dict:
         sd = torch.tensor([p[facts.metric] for p in per_seed], dtype=torch.float64).std().item() if len(per_seed) > 1 else None
         return {**out, f"{facts.metric}_sd": sd, "per_seed": per_seed}
 
-    return {"dataset": flags.dataset, "seeds": seeds, "metric": facts.metric, "floor": mean(floor), "floor_data": mean(floor_data),
+    return {"dataset": flags.dataset, "seeds": seeds, "samples": N, "config": dmd.config(flags, seeds[0]), "metric": facts.metric, "floor": mean(floor), "floor_data": mean(floor_data),
             "teacher": {**{k: mean([t[k] for t in teacher]) for k in teacher[0]}, "per_seed": teacher,
                         "evaluations": 2 * flags.sampler_steps - 1},
             "students": {K: summary(r) for K, r in rows.items()}}
@@ -196,6 +200,15 @@ def table(results: dict) -> str:
     lines.append(f"* the floor: two draws of the teacher. Two draws of the data: {results['floor_data']:.4f}. "
                  f"Seeds: {len(results['seeds'])}. Train s: of the whole stack.")
     return "\n".join(lines)
+
+
+def comparison(name: str, a: dict, b: dict, metric: str) -> str:
+    """One line: is a's distance below b's, paired by seed? a, b: entries of results["students"]."""
+    a, b = ([p[metric] for p in r["per_seed"]] for r in (a, b))
+    v = common.verdict(a, b)
+    error = "" if v["error"] is None else f" ± {v['error']:.4f} (standard error)"
+    return (f"{name}: {sum(a) / len(a):.4f} against {sum(b) / len(b):.4f}, ratio {sum(a) / sum(b):.2f}, "
+            f"paired difference {v['mean']:.4f}{error}, n = {v['n']}: {v['verdict']}")
 
 
 # --------------------------------------------------------------------------------------------------------- the command
@@ -226,16 +239,18 @@ def estimate(flags: Flags, device) -> float:
     members = flags.seeds * sum(flags.students)
     one = forward(members, flags.batch)
     turn = 4.5 * one                                                # forward, backward, optimizer
-    kl = flags.steps - flags.reg_warmup if flags.dm_weight > 0 else 0
+    kl = flags.steps - dmd.first_kl_step(flags)
     dm = flags.steps * turn * (flags.reg_weight > 0) + kl * (turn + 2 * flags.draws * one + flags.ttur * (turn + one))
     solve = (2 * flags.eval_samples + flags.pairs) * (2 * flags.sampler_steps - 1) / 8192 * forward(1, 8192) * flags.seeds
-    train = flags.teacher_steps * 4.5 * forward(flags.seeds, flags.teacher_batch) if flags.teacher != "exact" else 0
+    train = flags.teacher_steps * 4.5 * forward(flags.seeds, flags.teacher_batch) if flags.teacher in ("train", "exact") else 0
     return dm + (kl > 0) * flags.fake_warmup * turn + solve + train + 5
 
 
 @common.command
 def main(argv=None):
-    """The main job: teacher, pairs, students, evaluation, figures. Returns 1 if --target-l1 is missed."""
+    """G_k = Distill(mu_teacher, F(D, Y_k)) for every k [MSD Eq. 1]: teacher, pairs, students, evaluation, figures.
+
+    Returns 1 if --target-l1 is missed, else 0."""
     flags = common.parse(Flags, PRESETS, argv, __doc__)
     dmd.check_flags(flags)
     facts = data.DATASETS[flags.dataset]
@@ -257,6 +272,13 @@ def main(argv=None):
         for K in parts:
             print(f"K = {K}, 1 rank: " + "; ".join(rank_map(K, 1)))
         return 0
+    if flags.against:
+        other = Path(flags.out) / f"results-{flags.against}.json"
+        if not other.exists():
+            raise common.UserError(f"--against {flags.against}: no {other}; run that variant with --tag {flags.against} first")
+        theirs = common.load_json(other, "seeds", "students")
+        if theirs["seeds"] != edm.seeds(flags):
+            raise common.UserError(f"--against {flags.against}: {other} has seeds {theirs['seeds']}, this run {edm.seeds(flags)}")
     inputs = dmd.get_inputs(flags, device)
     members, pair_index = [], []
     for i, seed in enumerate(edm.seeds(flags)):
@@ -269,12 +291,23 @@ def main(argv=None):
     results = evaluate(flags, inputs)
     suffix = f"-{flags.tag}" if flags.tag else ""
     path = Path(flags.out) / f"results{suffix}.json"
-    if path.exists():                                               # keep the other K of the same seeds
-        old = json.loads(path.read_text())
-        if old["seeds"] == results["seeds"]:
+    if path.exists():                                               # keep the other K of the same seeds and flags
+        old = common.load_json(path, "students")
+        if all(old.get(k) == results[k] for k in ("seeds", "config")):
             results["students"] = {**old["students"], **results["students"]}
+        else:
+            kept = path.with_suffix(".previous.json")
+            path.replace(kept)
+            print(f"\n{path} was of other seeds or flags: moved to {kept}")
     common.save_json(path, results)
     print("\n" + table(results))
+    rows, m = results["students"], facts.metric
+    if len(flags.students) > 1:
+        low, high = str(flags.students[0]), str(flags.students[-1])
+        print("\n" + comparison(f"K = {high} below K = {low}?", rows[high], rows[low], m))
+    if flags.against:
+        for K in (K for K in map(str, flags.students) if K in theirs["students"]):
+            print(comparison(f"K = {K}, {flags.tag or 'this'} below {flags.against}?", rows[K], theirs["students"][K], m))
     figures = plot.draw(Path(flags.out), flags.tag)
     print(f"\nresults: {path}\nfigures: " + " ".join(map(str, figures)))
     largest = results["students"][str(flags.students[-1])][facts.metric]

@@ -9,7 +9,6 @@
 The one file that imports matplotlib.
 """
 import csv
-import json
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -70,7 +69,7 @@ def figure4(out: Path, results: dict, home: Path, folders: dict) -> plt.Figure:
     top = np.quantile(teacher[teacher > 0], 0.98)
     t = results["teacher"]
     _image(axes[0], teacher, f"Teacher, {t['evaluations']} evaluations", DENSITY, top,
-           f"two draws of it: $\\ell_1$ = {results['floor']:.3f}")
+           f"two draws of it: $\\ell_1$ = {t['per_seed'][0]['floor']:.3f}")
     for i, K in enumerate(shown):
         share = _share(common.load_tensors(folders[K] / "samples.pt")["x"])
         name = f"{K} student" + "s" * (K > 1)
@@ -78,7 +77,7 @@ def figure4(out: Path, results: dict, home: Path, folders: dict) -> plt.Figure:
         _image(axes[1 + i], share, f"{name}, one evaluation", DENSITY, top, f"$\\ell_1$ to teacher = {value:.3f}")
         _image(axes[1 + len(shown) + i], np.abs(share - teacher), f"|difference|, {name}", GAP, top)
     fig.suptitle("One-step students of a 2-D mixture of 64 Gaussians (8 classes): histograms of "
-                 f"{results.get('samples', 100_000):,} samples, colour = square root of share")
+                 f"{results['samples']:,} samples, colour = square root of share")
     return fig
 
 
@@ -121,7 +120,7 @@ def by_student(folders: dict) -> plt.Figure:
     return fig
 
 
-def training(folders: dict, steps_per_epoch=None) -> plt.Figure:
+def training(folders: dict) -> plt.Figure:
     """Curves of the first seed, means over the students of each K."""
     fig, axes = plt.subplots(1, 4, figsize=(17, 3.8))
     runs = {K: read_metrics(f) for K, f in sorted(folders.items())}
@@ -150,7 +149,7 @@ def training(folders: dict, steps_per_epoch=None) -> plt.Figure:
 
 def teacher_error(home: Path) -> plt.Figure:
     """The trained denoiser against the exact one, by noise level."""
-    e = json.loads((home / "teacher" / "error.json").read_text())
+    e = common.load_json(home / "teacher" / "error.json")
     fig, ax = plt.subplots(figsize=(5.2, 3.6))
     ax.loglog(e["sigma"], e["error"], "o-", color="#2171b5")
     ax.axvline(toy_mog.STD, ls=":", color="k", lw=1)
@@ -177,9 +176,12 @@ def draw(out, tag: str = "") -> list[Path]:
     path = out / f"results{suffix}.json"
     if not path.exists():
         raise common.UserError(f"{path}: no such file; run msd.py with --out {out} first")
-    results = json.loads(path.read_text())
+    results = common.load_json(path, "seeds", "students", "samples")
     home = out / f"seed{results['seeds'][0]}"
     folders = {int(K): home / f"students{K}{suffix}" / "dm" for K in results["students"]}
+    folders = {K: f for K, f in folders.items() if common.finished(f, ("metrics.csv", "samples.pt"))}
+    if not folders:
+        raise common.UserError(f"{home}: the students' folders that {path} names are gone; run msd.py with --out {out} again")
     figures = {"figure4": figure4(out, results, home, folders), "l1": l1_against_k(results),
                "students": by_student(folders), "training": training(folders)}
     if (home / "teacher" / "error.json").exists():

@@ -1,7 +1,7 @@
 """Sample the teacher or the routed students of a run folder.
 
-Seed s gives the same latent bit for bit, and the same sample to 1e-5, whatever else is in the batch; teacher and students
-start from the same latents, so their files can be compared point by point.
+Seed s gives the same latent bit for bit, and the same sample to 1e-5, whatever else is in the batch (with --S_churn 0);
+teacher and students start from the same latents, so their samples can be compared point by point.
 
 Run      python sample.py --run runs/toy --students 8 --classes 0 3 --seeds 0-63
          writes samples.npz (teacher and students: x [N, 2]; label [N]; seed [N]) and samples.png
@@ -30,12 +30,12 @@ class Flags:
     of: str = flag("both", "whom to sample", choices=("both", "teacher", "students"))
     classes: list[int] = flag([], "classes, used in turn; none = all")
     seeds: str = flag("0-999", "seeds, one sample each: 0-63 or 3,14,15")
-    steps: int = flag(40, "steps of the teacher's Heun sampler")
-    S_churn: float = flag(0.0, "stochasticity of the teacher's sampler [EDM Alg. 2]; 0 = deterministic")
+    steps: int = flag(40, "steps of the teacher's Heun sampler", low=2)
+    S_churn: float = flag(0.0, "stochasticity of the teacher's sampler [EDM Alg. 2]; 0 = deterministic", low=0)
     out: str = flag("samples", "writes OUT.npz and OUT.png")
-    timing: int = flag(16_384, "samples of the speed measurement; 0 = none")
+    timing: int = flag(16_384, "samples of the speed measurement; 0 = none", low=0)
     device: str = flag("auto", "auto, cpu, cuda or mps")
-    threads: int = flag(0, "CPU threads; 0 = as many as there are cores, at most 8")
+    threads: int = flag(0, "CPU threads; 0 = as many as there are cores, at most 8", low=0)
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -85,14 +85,22 @@ def main(argv=None):
     flags = common.parse(Flags, {(None, None): {}}, argv, __doc__)
     device = common.device(flags.device, flags.threads)
     home, seeds = run_folder(flags.run), parse_seeds(flags.seeds)
+    if not Path(flags.out).name:
+        raise common.UserError(f"--out {flags.out}: give a file name without ending, such as samples")
     samplers, evaluations = {}, {}
+    tag = f"-{flags.tag}" if flags.tag else ""
+    folder = home / f"students{flags.students}{tag}"
     if flags.of != "students":
-        D = edm.load_teacher(home / "teacher" / "ema.pt").to(device)
+        config = folder / "dm" / "config.json"
+        if config.exists() and common.load_json(config, "teacher")["teacher"] == "exact":
+            D = data.DATASETS[common.load_json(config, "dataset")["dataset"]].exact
+        elif (home / "teacher" / "ema.pt").exists():
+            D = edm.load_teacher(home / "teacher" / "ema.pt").to(device)
+        else:
+            raise common.UserError(f"{home / 'teacher'}: no teacher here (it came from a file?); sample with --of students")
         samplers["teacher"] = lambda z, label: sample_teacher(D, z, label, flags.steps, flags.S_churn, seeds)
         evaluations["teacher"] = 2 * flags.steps - 1
     if flags.of != "teacher":
-        tag = f"-{flags.tag}" if flags.tag else ""
-        folder = home / f"students{flags.students}{tag}"
         if not folder.is_dir():
             have = ", ".join(sorted(p.name for p in home.glob("students*"))) or "none"
             raise common.UserError(f"--students {flags.students}: {home} has no folder {folder.name} (it has: {have})")

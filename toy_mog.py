@@ -83,8 +83,9 @@ class ToyNet(nn.Module):
     Student k's output depends on student k's weights and rows alone.
 
     The first layer is a bank of waves sin(w.x + phase) of learned frequency w, started between 0.5 and 60; noise level and
-    class set their phases. A wave of frequency |w| says nothing about x0 once the noise spans it, so its amplitude falls as
-    exp(-(|w| s / CUTOFF)^2 / 2), where s = c_in sigma is the noise's std in the scaled input. Residual SiLU layers follow.
+    class set their phases. Noise of std s = c_in sigma in the scaled input shrinks a wave's mean by exp(-(|w| s)^2 / 2); here
+    the fastest waves fade as exp(-(|w| s / CUTOFF)^2 / 2), gently, since a generator must draw sharp borders at sigma = 80,
+    where its input is noise alone. Residual SiLU layers follow.
     `features=True` also returns the last hidden layer [K, B, width], the bottleneck."""
     LOWEST, HIGHEST, CUTOFF, SIGMA_DATA = 0.5, 60.0, 48.0, 0.5
 

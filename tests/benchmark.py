@@ -43,7 +43,7 @@ def main():
     torch.set_num_threads(min(2, torch.get_num_threads()))
     members = [common.Member(0, 8, k, (k,)) for k in range(8)]
     print(f"8 students, {torch.get_num_threads()} threads; milliseconds per DM update of all eight, medians")
-    for name, changes in (("DM + regression, TTUR 2, 2 draws (the default)", {}), ("regression only", {"dm_weight": 0.0})):
+    for name, changes in (("DM + regression (the default)", {}), ("regression only", {"dm_weight": 0.0})):
         for batch in (64, 256):
             steps, rounds = (4, 1) if quick else (40, 5)
             stacked, alone = [], []

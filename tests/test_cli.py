@@ -171,11 +171,34 @@ def test_full_disk(capsys, tmp_path, monkeypatch):
     (["--classes", "9", "--students", "3"], ["--classes 9", "0 to 7"]),
     (["--seeds", "a-b"], ["--seeds a-b"]),
     (["--seeds", "5-1"], ["--seeds 5-1"]),
+    (["--steps", "1", "--students", "3"], ["--steps 1"]),
+    (["--threads", "-1"], ["--threads -1"]),
 ])
 def test_bad_sampling(capsys, run, tmp_path, argv, words):
     base = [] if "--run" in argv else ["--run", str(run)]
     line = refused(capsys, sample.main, [*base, *argv, "--timing", "0", "--out", str(tmp_path / "s")])
     assert all(w in line for w in words)
+
+
+@pytest.mark.parametrize("name, text", [("results.json", "{}"), ("results.json", "[1"), ("seed0/students3/dm/config.json", "null")])
+def test_damaged_json(capsys, run, tmp_path, name, text):
+    out = tmp_path / "copy"
+    shutil.copytree(run, out)
+    (out / name).write_text(text)
+    line = refused(capsys, msd.main, [*SMOKE, "--students", "1", "3", "--seeds", "2", "--out", str(out)])
+    assert name in line and "damaged" in line
+    if name == "results.json":
+        assert name in refused(capsys, plot.main, [str(out)])
+
+
+def test_a_student_is_no_teacher(capsys, run, tmp_path):
+    path = run / "seed0" / "students1" / "dm" / "best.pt"
+    assert "not a teacher" in refused(capsys, msd.main, [*SMOKE, "--teacher", str(path), "--out", str(tmp_path)])
+
+
+def test_against_is_checked_before_training(capsys, tmp_path):
+    assert "--against nothing" in refused(capsys, msd.main, [*SMOKE, "--against", "nothing", "--out", str(tmp_path)])
+    assert not list(tmp_path.rglob("*.pt"))
 
 
 def test_plot_without_a_run(capsys, tmp_path):
@@ -210,7 +233,7 @@ def test_equation_index_both_ways():
     for name in modules():
         for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                for paper, numbers in re.findall(r"\[(MSD|EDM) ((?:(?:Eq\.|Alg\.) \d+(?:, )?)+)\]", ast.get_docstring(node) or ""):
+                for paper, numbers in re.findall(r"\[(MSD|EDM) ((?:(?:Eq\.|Alg\.) \d+(?:, )?)+)(?:first line)?\]", ast.get_docstring(node) or ""):
                     tagged |= {(f"{paper} {n}", f"{name}.py::{node.name}") for n in re.findall(r"(?:Eq\.|Alg\.) \d+", numbers)}
     text = (ROOT / "README.md").read_text()
     section = text.split("## Equation index")[1].split("\n## ")[0]
@@ -226,7 +249,8 @@ def test_equation_index_both_ways():
 
 def readme_commands():
     text = (ROOT / "README.md").read_text() + (ROOT / "EXERCISES.md").read_text()
-    lines = re.findall(r"^(?:    )?((?:\.venv/bin/)?python [a-z0-9_/]+\.py [^\n#]*)", text, re.M)
+    lines = re.findall(r"(?:^    |`)((?:\.venv/bin/)?python [a-z0-9_/]+\.py[^\n#`]*)", text, re.M)
+    lines += re.findall(r"&& (\.venv/bin/python [a-z0-9_/]+\.py[^\n#`]*)", text)
     return sorted({" ".join(line.split()) for line in lines})
 
 
@@ -246,10 +270,11 @@ def test_commands_that_readme_prints(line, run, tmp_path, monkeypatch):
         subprocess.run([sys.executable, str(ROOT / words[1]), "--quick"], check=True, stdout=subprocess.DEVNULL)
     else:
         module = {"msd": msd, "dmd": dmd, "edm": edm}[script]
+        assert not module.main([*argv, "--dry-run"])                # the line as printed is a legal one
         argv = [w for w in argv if not w.startswith("--dry-run")]
         if "--preset" in argv:
             argv[argv.index("--preset") + 1] = "smoke"
-        for heavy in ("--steps", "--pairs", "--target-l1"):         # sizes that belong to the full run
+        for heavy in ("--steps", "--reg-warmup", "--pairs", "--target-l1", "--against"):       # belong to the full run
             if heavy in argv:
                 del argv[argv.index(heavy):argv.index(heavy) + 2]
         if "--seeds" in argv:

@@ -49,26 +49,30 @@ def test_dm_gradient_sign_zero_and_finiteness(normaliser):
 
 
 def test_dm_gradient_is_the_scores_difference():
-    """w_t (s_fake - s_real), s from [MSD Eq. 7]: the same w_t sigma^-2 (mu_fake - mu_real) for every sigma."""
-    x_t, mu_real, mu_fake, sigma = torch.randn(3, 5, 2).unbind()[0], torch.randn(5, 2), torch.randn(5, 2), torch.rand(5) + 0.1
+    """w_t (s_fake - s_real) with scores from [MSD Eq. 7] and each w_t, the paper's included [MSD App. D.2.1]."""
+    g = torch.Generator().manual_seed(0)
+    x, x_t, mu_real, mu_fake = torch.randn(4, 7, 2, generator=g, dtype=torch.float64)
+    sigma = torch.rand(7, generator=g, dtype=torch.float64) + 0.1
     difference = dmd.score(x_t, mu_fake, sigma) - dmd.score(x_t, mu_real, sigma)
-    grad = dmd.dm_gradient(x_t, mu_real, mu_fake, sigma, "c_out")
-    ratio = grad / difference
-    expected = sigma ** 2 / (sigma * 0.5 / (sigma ** 2 + 0.25).sqrt())
-    torch.testing.assert_close(ratio, expected[:, None].expand(5, 2), rtol=1e-4, atol=1e-6)
+    w_t = sigma ** 2 / ((x - mu_real).abs().mean(-1) + 1e-3)        # sigma^2 CS / ||mu - x||_1, with an epsilon
+    torch.testing.assert_close(dmd.dm_gradient(x, mu_real, mu_fake, sigma, "mean_abs"), w_t[:, None] * difference)
+    w_t = sigma ** 2 / (sigma * 0.5 / (sigma ** 2 + 0.25).sqrt())
+    torch.testing.assert_close(dmd.dm_gradient(x, mu_real, mu_fake, sigma, "c_out"), w_t[:, None] * difference)
 
 
 def test_dm_gradient_between_two_gaussians_is_the_gradient_of_their_kl():
-    """fake N(m, s^2), real N(0, s^2): E[s_fake - s_real] = m / (s^2 + sigma^2), the derivative of the diffused KL in m."""
-    m, s, sigma, n = 0.7, 0.5, 0.3, 200_000
+    """fake N(m, a^2), real N(0, b^2): the mean gradient, weight removed, is the derivative in m of the diffused KL,
+    m / (b^2 + sigma^2), within 5 standard errors."""
+    m, a, b, level, n = 0.7, 0.3, 0.5, 0.4, 200_000
     g = torch.Generator().manual_seed(0)
-    x = m + s * torch.randn(n, 1, generator=g, dtype=torch.float64)
-    x_t = x + sigma * torch.randn(n, 1, generator=g, dtype=torch.float64)
-    level = torch.full((n,), sigma, dtype=torch.float64)
-    shrink = s ** 2 / (s ** 2 + sigma ** 2)
-    mu_real, mu_fake = shrink * x_t, m + shrink * (x_t - m)
-    mean_score = (dmd.score(x_t, mu_fake, level) - dmd.score(x_t, mu_real, level)).mean().item()
-    assert mean_score == pytest.approx(m / (s ** 2 + sigma ** 2), rel=1e-6)
+    x = m + a * torch.randn(n, 1, generator=g, dtype=torch.float64)
+    x_t = x + level * torch.randn(n, 1, generator=g, dtype=torch.float64)
+    sigma = torch.full((n,), level, dtype=torch.float64)
+    mu_real, mu_fake = x_t * b ** 2 / (b ** 2 + level ** 2), m + (x_t - m) * a ** 2 / (a ** 2 + level ** 2)
+    c_out = level * 0.5 / (level ** 2 + 0.25) ** 0.5
+    gradient = dmd.dm_gradient(x, mu_real, mu_fake, sigma, "c_out") * c_out / level ** 2
+    error = gradient.std().item() / n ** 0.5
+    assert abs(gradient.mean().item() - m / (b ** 2 + level ** 2)) < 5 * error and error < 0.01
 
 
 def test_regression_loss():
@@ -202,10 +206,21 @@ def test_no_gradient_into_either_score_network(tmp_path, fake):
     members = [common.Member(0, 1, 0, tuple(range(8)))]
     teacher = precond(seed=3)                                       # parameters that could receive a gradient
     before = common.fingerprint(teacher)
-    small_train(tmp_path, members, small_flags(fake=fake, kde_points=32, ttur=1), teacher)
+    turns = []                                                      # does the surrogate see a graph behind the scores?
+    original = dmd.dm_gradient
+
+    def watched(x, mu_real, mu_fake, *rest):
+        turns.append(x.requires_grad and not mu_real.requires_grad and not mu_fake.requires_grad)
+        return original(x, mu_real, mu_fake, *rest)
+    dmd.dm_gradient = watched
+    try:
+        small_train(tmp_path, members, small_flags(fake=fake, kde_points=32, ttur=1), teacher)
+    finally:
+        dmd.dm_gradient = original
+    assert len(turns) == 4 and all(turns)
     assert common.fingerprint(teacher) == before
     assert all(p.grad is None for p in teacher.parameters())
-    x = torch.randn(1, 4, 2, requires_grad=True)
+    x = torch.randn(1, 4, 2, requires_grad=True)                    # and in general: neither network gets a gradient
     mu_fake = precond(seed=4)
     sigma, label = torch.full((1, 4), 0.1), torch.zeros(1, 4, dtype=torch.int64)
     grad = dmd.dm_gradient(x, teacher(x, sigma, label), mu_fake(x, sigma, label), sigma)
@@ -239,3 +254,13 @@ def test_variants_run(tmp_path, changes):
     members = [common.Member(0, 1, 0, tuple(range(8)))]
     ema = small_train(tmp_path, members, small_flags(**changes))
     assert all(torch.isfinite(p).all() for p in ema.parameters())
+
+
+def test_kde_does_not_notice_its_neighbours(tmp_path):
+    """K = 8's student beside K = 1's, and alone: the same weights (float32, to rounding)."""
+    flags = small_flags(fake="kde", kde_points=32, steps=4)
+    members = [common.Member(0, 1, 0, tuple(range(8))), common.Member(0, 8, 5, (5,))]
+    together = small_train(tmp_path, members, flags, name="all").state_dict()
+    alone = small_train(tmp_path, members[1:], flags, name="one").state_dict()
+    for k, v in alone.items():
+        torch.testing.assert_close(together[k][1:], v, atol=1e-5, rtol=1e-5)

@@ -18,6 +18,7 @@ import dmd
 import edm
 import msd
 import sample
+import toy_mog
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = ["--preset", "smoke", "--quiet"]
@@ -160,10 +161,21 @@ def test_results_and_figures(run):
     assert config["partition"] == [[0, 1, 2], [3, 4, 5], [6, 7]] and "out" not in config and "device" not in config
 
 
-def test_best_is_chosen_on_other_draws(run):
-    """best.pt is selected against the `select` samples; results.json is measured against `report`: different draws."""
+def test_best_is_chosen_on_other_draws(run, tmp_path, monkeypatch):
+    """Training sees the `select` draw of the teacher alone; results.json is measured against `report`, another draw."""
     drawn = common.load_tensors(run / "seed0" / "reference" / "samples.pt")
     assert not torch.equal(drawn["select"]["z"], drawn["report"]["z"])
+    facts, seen = data.DATASETS["toy"], []
+    original = dmd.train
+
+    def spy(*args):
+        seen.append(args[7][0])
+        return original(*args)
+    monkeypatch.setattr(dmd, "train", spy)
+    assert msd.main([*SMOKE, "--students", "2", "--out", str(tmp_path)]) == 0
+    drawn = common.load_tensors(tmp_path / "seed0" / "reference" / "samples.pt")
+    counts = {k: facts.statistics(v["y"][0], v["label"][0]) for k, v in drawn.items()}
+    assert torch.equal(seen[0], counts["select"]) and not torch.equal(seen[0], counts["report"])
 
 
 def test_target(run):
@@ -173,9 +185,13 @@ def test_target(run):
 
 def test_exact_teacher(tmp_path):
     assert msd.main([*SMOKE, "--students", "2", "--teacher", "exact", "--out", str(tmp_path)]) == 0
-    y = common.load_tensors(tmp_path / "seed0" / "reference" / "samples.pt")["report"]
+    drawn = common.load_tensors(tmp_path / "seed0" / "reference" / "samples.pt")["report"]
     assert json.loads((tmp_path / "seed0" / "students2" / "dm" / "config.json").read_text())["teacher"] == "exact"
-    assert y["y"].abs().max() < 0.7
+    torch.testing.assert_close(drawn["y"], dmd.make_pairs(toy_mog.denoiser, drawn["z"], drawn["label"], 8))
+    sample.main(["--run", str(tmp_path), "--students", "2", "--steps", "8", "--timing", "0", "--out", str(tmp_path / "s")])
+    a = np.load(tmp_path / "s.npz")                                 # the sampled teacher is the exact one too
+    z = msd.latents(a["seed"], (2,))
+    torch.testing.assert_close(torch.tensor(a["teacher"]), edm.heun(toy_mog.denoiser, z, torch.tensor(a["label"]), 8))
 
 
 def test_teacher_from_a_path(run, tmp_path):
@@ -206,3 +222,45 @@ def test_sample_command(run, tmp_path, capsys):
     b = np.load(out.with_name("s.npz"))
     for who in ("teacher", "students"):
         np.testing.assert_allclose(a[who][-1], b[who][0], atol=1e-5)
+
+
+def test_verdict_rule_both_ways():
+    """t(0.95, n - 1) standard errors of the paired differences: 2.13 at n = 5, 2.92 at n = 3."""
+    assert common.verdict([1, 2, 3, 4, 5], [2, 3, 4.1, 5, 6])["verdict"] == "holds"
+    assert common.verdict([2, 3, 4.1, 5, 6], [1, 2, 3, 4, 5])["verdict"] == "does not hold"
+    error = 1.0 / 3 ** 0.5                                          # differences m - 1, m, m + 1: standard error 1 / sqrt(3)
+    for mean, word in ((2.93 * error, "holds"), (2.91 * error, "does not hold")):
+        assert common.verdict([0, 0, 0], [mean - 1, mean, mean + 1])["verdict"] == word
+    assert common.verdict([1], [2])["verdict"] == "measured"
+
+
+def test_against(run, capsys):
+    argv = [*SMOKE, "--students", "3", "--seeds", "2", "--out", str(run)]
+    assert msd.main([*argv, "--tag", "reg", "--dm-weight", "0"]) == 0
+    capsys.readouterr()
+    assert msd.main([*argv, "--against", "reg"]) == 0
+    assert "K = 3, this below reg?" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        msd.main([*argv, "--against", "nothing"])
+
+
+def test_results_of_other_flags_are_not_mixed(run, tmp_path, capsys):
+    """K = 1 with other flags does not join the table of K = 3: the old one is set aside, and said so."""
+    out = tmp_path / "copy"
+    shutil.copytree(run, out)
+    shutil.rmtree(out / "seed0" / "students1")
+    assert msd.main([*SMOKE, "--students", "1", "--lr", "0.002", "--out", str(out)]) == 0
+    assert "moved to" in capsys.readouterr().out
+    assert set(json.loads((out / "results.json").read_text())["students"]) == {"1"}
+    assert set(json.loads((out / "results.previous.json").read_text())["students"]) == {"1", "3"}
+
+
+@pytest.mark.parametrize("name", ["best.pt", "ema.pt", "state.pt"])
+def test_a_deleted_file_of_a_finished_run_is_made_again(run, tmp_path, name):
+    out = tmp_path / "copy"
+    shutil.copytree(run, out)
+    before = weights(out, "best.pt")
+    (out / "seed0" / "students3" / "dm" / name).unlink()
+    assert msd.main([*SMOKE, "--students", "1", "3", "--seeds", "2", "--out", str(out)]) == 0
+    after = weights(out, "best.pt")
+    assert all(torch.equal(before[k], after[k]) for k in before)
