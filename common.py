@@ -240,6 +240,7 @@ def learning_rate(base: float, step: int, steps: int, warmup: int, decay: str) -
 
 
 def set_learning_rate(optimizer, rate: float) -> None:
+    """Of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 
@@ -281,10 +282,12 @@ def write_atomic(path: Path, write) -> None:
 
 
 def save_json(path: Path, value) -> None:
+    """Atomically. UserError if it can't be written."""
     write_atomic(path, lambda t: t.write_text(json.dumps(value, indent=1) + "\n"))
 
 
 def save_tensors(path: Path, value) -> None:
+    """Atomically. UserError if it can't be written."""
     write_atomic(path, lambda t: torch.save(value, t))
 
 

@@ -353,6 +353,7 @@ def get_inputs(flags: Flags, device) -> Inputs:
 
 
 def stage_folder(flags: Flags, seed: int, students: int, stage: str = "dm") -> Path:
+    """OUT/seedS/studentsK[-TAG]/STAGE."""
     tag = f"-{flags.tag}" if flags.tag else ""
     return Path(flags.out) / f"seed{seed}" / f"students{students}{tag}" / stage
 

@@ -204,6 +204,7 @@ def train(run: common.Stage, flags: Flags, members: list[common.Member], device)
 
 
 def seeds(flags: Flags) -> list[int]:
+    """--seed S and --seeds n: [S, …, S + n - 1]."""
     return list(range(flags.seed, flags.seed + flags.seeds))
 
 

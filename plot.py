@@ -91,7 +91,7 @@ def l1_against_k(results: dict) -> plt.Figure:
     for i, r in enumerate(rows):
         ax.plot([i] * len(r["per_seed"]), [p["l1"] for p in r["per_seed"]], "o", ms=4, color="#08306b",
                 label="one seed" if i == 0 else None)
-        ax.annotate(f"{r['l1']:.3f}", (i, r["l1"]), textcoords="offset points", xytext=(16, 3), ha="center")
+        ax.annotate(f"{r['l1']:.3f}", (i, r["l1"] / 2), ha="center", color="#08306b")
     ax.axhline(results["floor"], ls="--", color="#d94801", label=f"floor: two draws of the teacher, {results['floor']:.3f}")
     ax.set(xticks=x, xticklabels=ks, xlabel="number of students K", ylabel="$\\ell_1$ to the teacher (0 to 1)",
            title="More students, better samples?" if len(ks) > 1 else "Distance to the teacher")
@@ -153,7 +153,7 @@ def teacher_error(home: Path) -> plt.Figure:
     fig, ax = plt.subplots(figsize=(5.2, 3.6))
     ax.loglog(e["sigma"], e["error"], "o-", color="#2171b5")
     ax.axvline(toy_mog.STD, ls=":", color="k", lw=1)
-    ax.text(toy_mog.STD * 1.1, min(e["error"]), "std of a Gaussian", fontsize=8)
+    ax.text(toy_mog.STD * 1.15, max(e["error"]) * 0.8, "std of a Gaussian", fontsize=8)
     ax.set(xlabel="noise level $\\sigma$", ylabel="RMS error of $D$ / $c_{out}(\\sigma)$",
            title="The trained teacher against the exact denoiser")
     return fig
