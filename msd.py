@@ -44,9 +44,10 @@ PRESETS = common.merge(edm.PRESETS, dmd.PRESETS)
 
 # ------------------------------------------------------------------------------------------- the paper's idea, in full
 
-def partition(classes: int, students: int, how: str = "consecutive"):
+def partition(classes: int, students: int, how: str = "consecutive", embeddings: Tensor | None = None, seed: int = 0):
     """Split classes 0..classes-1 into Y_1..Y_K: a list of K sorted index tensors, disjoint and covering [MSD Sec. 3.1].
 
+    embeddings [classes, d] and seed are for strategies that look at the conditions or draw; `consecutive` needs neither.
     consecutive: blocks in numerical order, sizes within one of each other [MSD Sec. 4.1]. UserError if K is out of range."""
     if not 1 <= students <= classes:
         raise common.UserError(f"--students {students}: from 1 to {classes}, the number of classes")
