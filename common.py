@@ -69,6 +69,11 @@ def option(name: str) -> str:
     return "--" + (name if name[0].isupper() else name.replace("_", "-"))
 
 
+def suffix(tag: str) -> str:
+    """--tag as the end of a name: "" or "-tag"."""
+    return f"-{tag}" if tag else ""
+
+
 def _near(word: str, words) -> str:
     near = difflib.get_close_matches(word, [str(w) for w in words], n=1, cutoff=0.4)
     return f"; did you mean {near[0]}?" if near else ""
@@ -147,7 +152,7 @@ def stage_config(flags, stage: str) -> dict:
 
 
 def device(name: str, threads: int) -> torch.device:
-    """--device auto|cpu|cuda|mps, checked; also sets the number of threads (0: at most 8, more slow down small nets)."""
+    """--device auto|cpu|cuda|mps, checked; also sets the number of threads (0: as many as there are cores, at most 8)."""
     torch.set_num_threads(threads or max(1, min(8, torch.get_num_threads())))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if name == "auto":

@@ -40,6 +40,7 @@ from common import flag
 
 @dataclasses.dataclass
 class Flags(edm.Flags):
+    """The DM stage's flags, beside the teacher's."""
     steps: int = flag(3000, "updates of the generator", "dm", low=1)
     batch: int = flag(128, "batch per student", "dm", low=1)
     lr: float = flag(1e-2, "learning rate of G (AdamW) with the KL term", "dm", low=0)
@@ -344,8 +345,8 @@ def get_inputs(flags: Flags, device) -> Inputs:
                 common.save_tensors(folder / "samples.pt", {k: solved(k, n) for k, n in parts.items()})
             return common.load_tensors(folder / "samples.pt")
 
-        pairs.append(stored(home / "pairs" / str(flags.pairs), {"sampler_steps": flags.sampler_steps, **common.stage_config(flags, "pairs")},
-                            {"pairs": flags.pairs})["pairs"])
+        pairs.append(stored(home / "pairs" / str(flags.pairs), {
+            "sampler_steps": flags.sampler_steps, **common.stage_config(flags, "pairs")}, {"pairs": flags.pairs})["pairs"])
         drawn = stored(home / "reference", samples, {"select": flags.eval_samples, "report": flags.eval_samples})
         references[seed] = {k: facts.statistics(v["y"][0], v["label"][0]) for k, v in drawn.items()}
     joined = {k: torch.cat([p[k] for p in pairs]).to(device) for k in ("z", "y", "label")}
@@ -354,8 +355,7 @@ def get_inputs(flags: Flags, device) -> Inputs:
 
 def stage_folder(flags: Flags, seed: int, students: int, stage: str = "dm") -> Path:
     """OUT/seedS/studentsK[-TAG]/STAGE."""
-    tag = f"-{flags.tag}" if flags.tag else ""
-    return Path(flags.out) / f"seed{seed}" / f"students{students}{tag}" / stage
+    return Path(flags.out) / f"seed{seed}" / f"students{students}{common.suffix(flags.tag)}" / stage
 
 
 def config(flags: Flags, seed: int) -> dict:
@@ -394,7 +394,8 @@ def distil(flags: Flags, members: list, pair_index: list, inputs: Inputs, device
                           [pair_index[i].to(device) for i in chosen],
                           {s: r["select"] for s, r in inputs.references.items()}, device)
         for folder, rows in slices.items():
-            about = {"dataset": flags.dataset, "size": facts.sizes[0], "partition": [m.classes for m in stack[rows]], "seconds": run.seconds()}
+            about = {"dataset": flags.dataset, "size": facts.sizes[0], "partition": [m.classes for m in stack[rows]],
+                     "seconds": run.seconds()}
             for name, D in (("best.pt", best), ("ema.pt", ema)):
                 net_rows = {k: v[rows].cpu().clone() for k, v in D.state_dict().items()}
                 common.save_tensors(folder / name, {**about, "net": net_rows})

@@ -33,6 +33,7 @@ from common import flag
 
 @dataclasses.dataclass
 class Flags(dmd.Flags):
+    """What only several students need, beside the stages' flags."""
     students: list[int] = flag([8], "number of students K; several numbers train as one stack and are compared")
     partition: str = flag("consecutive", "how the classes are split", "dm", ("consecutive",))
     against: str = flag("", "tag of another variant in the same run folder: compare with it, K by K")
@@ -178,7 +179,8 @@ def evaluate(flags: Flags, inputs: dmd.Inputs) -> dict:
         sd = torch.tensor([p[facts.metric] for p in per_seed], dtype=torch.float64).std().item() if len(per_seed) > 1 else None
         return {**out, f"{facts.metric}_sd": sd, "per_seed": per_seed}
 
-    return {"dataset": flags.dataset, "seeds": seeds, "samples": N, "config": dmd.config(flags, seeds[0]), "metric": facts.metric, "floor": mean(floor), "floor_data": mean(floor_data),
+    return {"dataset": flags.dataset, "seeds": seeds, "samples": N, "config": dmd.config(flags, seeds[0]),
+            "metric": facts.metric, "floor": mean(floor), "floor_data": mean(floor_data),
             "teacher": {**{k: mean([t[k] for t in teacher]) for k in teacher[0]}, "per_seed": teacher,
                         "evaluations": 2 * flags.sampler_steps - 1},
             "students": {K: summary(r) for K, r in rows.items()}}
@@ -290,8 +292,7 @@ def main(argv=None):
                 pair_index.append(index)
     dmd.distil(flags, members, pair_index, inputs, device)
     results = evaluate(flags, inputs)
-    suffix = f"-{flags.tag}" if flags.tag else ""
-    path = Path(flags.out) / f"results{suffix}.json"
+    path = Path(flags.out) / f"results{common.suffix(flags.tag)}.json"
     if path.exists():                                               # keep the other K of the same seeds and flags
         old = common.load_json(path, "students")
         if all(old.get(k) == results[k] for k in ("seeds", "config")):

@@ -172,7 +172,7 @@ def scatter(arrays: dict, names: list[str]) -> plt.Figure:
 
 def draw(out, tag: str = "") -> list[Path]:
     """Draw every figure that the files of run folder `out` allow; returns their paths. UserError if there is no run."""
-    out, suffix = Path(out), f"-{tag}" if tag else ""
+    out, suffix = Path(out), common.suffix(tag)
     path = out / f"results{suffix}.json"
     if not path.exists():
         raise common.UserError(f"{path}: no such file; run msd.py with --out {out} first")

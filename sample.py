@@ -24,6 +24,7 @@ from common import flag
 
 @dataclasses.dataclass
 class Flags:
+    """Flags of the sampling command."""
     run: str = flag("runs/toy", "the run folder, or one of its seed folders")
     students: int = flag(8, "which students of the run: K")
     tag: str = flag("", "the tag they were trained with")
@@ -88,8 +89,7 @@ def main(argv=None):
     if not Path(flags.out).name:
         raise common.UserError(f"--out {flags.out}: give a file name without ending, such as samples")
     samplers, evaluations = {}, {}
-    tag = f"-{flags.tag}" if flags.tag else ""
-    folder = home / f"students{flags.students}{tag}"
+    folder = home / f"students{flags.students}{common.suffix(flags.tag)}"
     if flags.of != "students":
         config = folder / "dm" / "config.json"
         if config.exists() and common.load_json(config, "teacher")["teacher"] == "exact":
