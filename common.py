@@ -6,9 +6,11 @@ A library: it imports nothing of ours, takes no callback and defines no base cla
   randomness   `generator`, `Draws`: every draw is keyed by (seed, stage, students, student, step, purpose), so nothing has
                to be stored to resume, and a student's stream does not depend on who trains beside it
   stacks       `Member`: one student of a stack; a stack of M members is the leading dimension [M, ...] of every tensor
+  ranks        `Ranks`: the processes of torchrun; a student's own ranks share its batch and average its gradients
   run folders  `Stage`: config.json, metrics.csv, state.pt, state.prev.pt, ema.pt, best.pt; atomic, resumable bit for bit
 """
 import argparse
+import contextlib
 import csv
 import dataclasses
 import difflib
@@ -23,9 +25,11 @@ import sys
 import time
 import types
 import typing
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -42,6 +46,10 @@ def command(main):
             return main(argv)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except torch.OutOfMemoryError:
+            print("error: the GPU's memory is full; --micro-batch N halves it when N is half of what it was (now: all of a "
+                  "rank's share of --batch), with the same result", file=sys.stderr)
             raise SystemExit(2) from None
         except KeyboardInterrupt:
             print("\ninterrupted; the same command goes on where its last checkpoint stands:\n  "
@@ -157,6 +165,12 @@ def device(name: str, threads: int) -> torch.device:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:               # torchrun: a GPU per rank
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        try:
+            torch.cuda.set_device(name)
+        except (RuntimeError, AssertionError, ValueError):
+            raise UserError(f"--device cuda: no GPU for local rank {os.environ['LOCAL_RANK']}; start fewer ranks per node") from None
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -207,6 +221,102 @@ class Draws:
         """Labels [M, batch], uniform over each member's own classes Y_k."""
         return torch.stack([c[torch.randint(len(c), (batch,), generator=g, device=self.device)]
                             for c, g in zip(self.classes, self.generators(step, purpose))])
+
+
+# -------------------------------------------------------------------------------------------------------------- ranks
+
+class Ranks:
+    """The processes that train one student together: all see the same global batch and take a slice of it each.
+
+    Alone (no torchrun, or one rank per student) it is a group of one and every method does nothing."""
+
+    def __init__(self, members: list[int] | None = None, group=None, device="cpu"):
+        members = members or [0]
+        self.size, self.group, self.device = len(members), group, device
+        self.rank = members.index(dist.get_rank()) if self.size > 1 else 0
+
+    def parts(self, batch: int, micro: int = 0) -> list[slice]:
+        """This rank's slices of a global batch, of `micro` samples each (0: one slice). UserError if they don't divide."""
+        share, rest = divmod(batch, self.size)
+        if rest or not share:
+            raise UserError(f"a batch of {batch} cannot be shared by {self.size} ranks; choose a multiple of {self.size}")
+        micro = min(micro or share, share)
+        if share % micro:
+            raise UserError(f"--micro-batch {micro}: must divide the {share} samples that each rank takes of a batch of {batch}")
+        return [slice(i, i + micro) for i in range(self.rank * share, (self.rank + 1) * share, micro)]
+
+    def share(self, number: int) -> list[int]:
+        """This rank's part of 0..number-1: every size-th."""
+        return list(range(self.rank, number, self.size))
+
+    def average(self, net: torch.nn.Module) -> None:
+        """Add up the gradients of all ranks (each already divided by the global batch)."""
+        if self.size > 1:
+            with _reached():
+                for work in [dist.all_reduce(p.grad, group=self.group, async_op=True) for p in net.parameters()]:
+                    work.wait()
+
+    def total(self, value: Tensor) -> Tensor:
+        """Sum of a tensor over the ranks."""
+        if self.size > 1:
+            value = value.detach().clone()
+            with _reached():
+                dist.all_reduce(value, group=self.group)
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Does one of the ranks say so?"""
+        return flag if self.size == 1 else bool(self.total(torch.tensor(float(flag), device=self.device)))
+
+    def gather(self, value: Tensor) -> Tensor:
+        """The ranks' tensors (of equal shape), one after another along the first dimension."""
+        if self.size == 1:
+            return value
+        out = [torch.empty_like(value) for _ in range(self.size)]
+        with _reached():
+            dist.all_gather(out, value.contiguous(), group=self.group)
+        return torch.cat(out)
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        self.any(False)
+
+    def split(self, units: int) -> tuple[list[int], "Ranks"]:
+        """Share out `units` independent trainings: (those of this rank, the ranks that it trains them with).
+
+        With at least as many ranks as units, each unit gets as many contiguous ranks as the others; with fewer, units go
+        round. Every rank must call it. UserError if the number of ranks is larger, but not a multiple."""
+        if self.size < units:
+            return self.share(units), Ranks()
+        if self.size % units:
+            raise UserError(f"{self.size} ranks cannot be shared evenly by {units} students; start {units * (self.size // units)} "
+                            f"or a multiple of {units}")
+        each = self.size // units
+        lists = [list(range(u * each, (u + 1) * each)) for u in range(units)]
+        groups = [dist.new_group(m) if each > 1 and len(lists) > 1 else self.group for m in lists]
+        mine = self.rank // each
+        return [mine], Ranks(lists[mine], groups[mine], self.device)
+
+
+@contextlib.contextmanager
+def _reached():
+    """A peer that is gone shows as a RuntimeError of the engine: say so in one line instead of hanging or tracing."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(f"rank {os.environ.get('RANK')}: another rank stopped or cannot be reached "
+                        f"({str(error).splitlines()[0][:120]}); its own message says why. The same command goes on where the last "
+                        f"checkpoints stand") from None
+
+
+def world(device: torch.device) -> Ranks:
+    """All ranks that torchrun started (RANK, WORLD_SIZE in the environment); a group of one without it."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        return Ranks()
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    return Ranks(list(range(size)), dist.group.WORLD, device)
 
 
 # ------------------------------------------------------------------------------------------------ training, in general
@@ -274,7 +384,7 @@ def _failed_write(path: Path, error: Exception) -> UserError:
 
 def write_atomic(path: Path, write) -> None:
     """`write(temporary_path)`, then rename: the file is old or new, never half. Raises UserError if it can't be written."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
@@ -316,6 +426,22 @@ def load_tensors(path: Path):
         raise UserError(f"{path}: no such file") from None
     except Exception as error:                                      # torch raises a dozen types for a damaged file
         raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}); delete it or give another") from None
+
+
+def shard(folder: Path, name: str, i: int) -> Path:
+    """Where the i-th file of a long list of samples lies."""
+    return folder / f"{name}-{i:04d}.pt"
+
+
+def load_shards(folder: Path, name: str, number: int = 0) -> Tensor:
+    """y [N, *shape] of the files name-0000.pt, name-0001.pt, … (all, or the first `number`)."""
+    paths = [shard(folder, name, i) for i in range(number)] or sorted(folder.glob(f"{name}-*.pt"))
+    if not paths:
+        raise UserError(f"{folder}: no {name} samples in it; delete that folder and run the same command again")
+    loaded = [load_tensors(p) for p in paths]
+    if not all(isinstance(v, dict) and isinstance(v.get("y"), Tensor) for v in loaded):
+        raise UserError(f"{folder}: its files are not samples of this code; delete that folder")
+    return torch.cat([v["y"] for v in loaded])
 
 
 def _map(tree, tensor):
@@ -387,10 +513,12 @@ def finished(folder: Path, results: tuple[str, ...]) -> bool:
     return all((folder / name).exists() for name in results)
 
 
-def unfinished(folders: list[Path], results: tuple[str, ...]) -> list[list[Path]]:
+def unfinished(folders: list[Path], results: tuple[str, ...], stacked: bool = True) -> list[list[Path]]:
     """Folders without these results, in groups that share a checkpoint (or none): each group can train as one stack."""
     groups: dict[int, list[Path]] = {}
     left = [f for f in folders if not finished(f, results)]
+    if not stacked:
+        return [[f] for f in left]
     steps = {f: {0, *saved_steps(f)} for f in left}
     shared = max(set.intersection(*steps.values())) if left else 0
     for f in left:
@@ -398,14 +526,30 @@ def unfinished(folders: list[Path], results: tuple[str, ...]) -> list[list[Path]
     return list(groups.values())
 
 
+def rows_of(net: torch.nn.Module, rows: slice, members: int) -> dict:
+    """The state of some members of a stack, on the CPU; a stack of one is taken whole, whatever its tensors' shapes."""
+    return {k: (v if members == 1 else v[rows]).detach().cpu().clone() for k, v in net.state_dict().items()}
+
+
+def stack_of(nets: list[torch.nn.Module]) -> dict:
+    """The state of the stack of these stacks: the inverse of `rows_of`."""
+    states = [n.state_dict() for n in nets]
+    return states[0] if len(states) == 1 else {k: torch.cat([s[k] for s in states]) for k in states[0]}
+
+
 class Stage:
     """One stage of one stack: a folder per (seed, K), each holding its own members' slice of every tensor.
 
     folders: {folder: slice of the stack's members}. A stack of one folder saves its tensors whole.
-    step counts finished updates: a checkpoint with step n holds the state after n updates."""
+    step counts finished updates: a checkpoint with step n holds the state after n updates.
+    ranks: those that train this stack together; all read, the first one writes."""
 
-    def __init__(self, name: str, folders: dict[Path, slice], steps: int, save_every: int, quiet: bool = False):
-        self.name, self.folders, self.steps, self.save_every, self.quiet = name, folders, steps, save_every, quiet
+    def __init__(self, name: str, folders: dict[Path, slice], steps: int, save_every: int, quiet: bool = False,
+                 ranks: Ranks | None = None):
+        self.name, self.folders, self.steps, self.save_every = name, folders, steps, save_every
+        self.ranks = ranks or Ranks()
+        self.main = self.ranks.rank == 0
+        self.quiet = quiet or not self.main
         self.members = max(s.stop for s in folders.values())
         self.rows: list[tuple] = []
         self.before = self.last = self.started = 0
@@ -413,7 +557,11 @@ class Stage:
 
     def resume(self, **parts) -> int:
         """Load the newest checkpoint that all folders have into the given modules and optimizers; return its step."""
+        if not self.main:
+            self.ranks.wait()                                       # until the first rank has set damaged files aside
         saved = [saved_steps(f) for f in self.folders]
+        if self.main:
+            self.ranks.wait()
         self.last = start = max(set.intersection(*(set(s) for s in saved)), default=0)
         if start:
             states = [load_tensors(s[start]) for s in saved]
@@ -424,7 +572,7 @@ class Stage:
                 else:
                     part.load_state_dict(joined[key])
             self.before = states[0]["seconds"]
-        for folder in self.folders:
+        for folder in self.folders if self.main else ():
             self._trim(folder, start)
         self.started = time.perf_counter()
         return start
@@ -476,28 +624,31 @@ class Stage:
         """The numbers that move, on the progress bar."""
         self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()}, refresh=False)
 
-    def check(self, step: int, loss: Tensor, student_names: list[str]) -> None:
-        """Stop at a non-finite loss [M], naming step, student and last checkpoint; nothing hides a divergence."""
+    def check(self, step: int, loss: Tensor, student_names: list[str]) -> Tensor:
+        """The loss [M] of all ranks; a non-finite one stops the run, naming step, student and last checkpoint."""
+        loss = self.ranks.total(loss.detach())
         finite = torch.isfinite(loss)
         if not finite.all():
             bad = [n for n, ok in zip(student_names, finite.tolist()) if not ok]
             where = f"last checkpoint: step {self.last} in {next(iter(self.folders))}" if self.last else "no checkpoint yet"
             raise UserError(f"{self.name}: the loss is not finite at step {step} ({', '.join(bad[:3])}); {where}; "
                             f"lower the learning rate (and choose another --out)")
+        return loss
 
     def save(self, step: int, **parts) -> None:
         """Checkpoint every save_every steps, at the end, and when a stop was asked for (which then stops the run)."""
+        self.stop = self.ranks.any(self.stop)
         if not (step % self.save_every == 0 or step == self.steps or self.stop):
             return
         trees = {k: p if isinstance(p, dict) else p.state_dict() for k, p in parts.items()}
-        if step != self.last:
+        if step != self.last and self.main:
             self._flush()                                           # rows first: those past a resumed step are dropped
             for folder, rows in self.folders.items():
                 whole = len(self.folders) == 1
                 state = {"step": step, "seconds": self.seconds(),
                          "parts": trees if whole else _map(trees, lambda t: t[rows].clone())}
                 save_state(folder, state)
-            self.last = step
+        self.last = step
         if self.stop:
             raise KeyboardInterrupt
 

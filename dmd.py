@@ -8,9 +8,9 @@ teacher's weights. Two flags choose between the paper's two variants of DM:
   gradient of the KL divergence          [MSD Eq. 5, Eq. 6]        dm_gradient, dm_loss
   the scores in it, as denoisers         [MSD Eq. 7]               score
   the fake denoiser's loss               [MSD Eq. 8]               edm.denoising_loss
-  regression loss on the pairs           [MSD Eq. 9]               regression_loss, make_pairs
+  regression loss on the pairs           [MSD Eq. 9]               regression_loss, make_pairs, lpips_distance
 
-Not here: the partition and F_DM's label sets (msd.py), the adversarial head.
+`--preset default` of imagenet64 is App. D.2.1 to the letter. Not here: the partition and F_DM's label sets (msd.py), the adversarial head.
 
 Departures from the paper, on the toy (`--preset paper`: App. D.1's numbers; where it is silent, D.2.1's and DMD's)
  1. G first trains by regression alone (--reg-warmup; precedent: App. D.4) and mu_fake gets a head start (--fake-warmup): at
@@ -22,15 +22,21 @@ Departures from the paper, on the toy (`--preset paper`: App. D.1's numbers; whe
  6. 64 000 pairs at weight 1, not 1 000 at 0.25 (`--preset few-pairs`); RMS distance for LPIPS, which needs images.
  7. An average of G's weights is kept, at the best of several evaluations on draws that are not reported.
 
+Departures on the small images (fashion-mnist): 1, 4 with two draws, 5 and 7; 6 with 10 000 pairs, since LPIPS costs a
+hundred times the network; bins 0 to 700 (sigma <= 13).
+
 Run      python dmd.py --dataset toy
+Many GPUs    torchrun --nproc-per-node 8 dmd.py --dataset imagenet64 --teacher edm-imagenet-64x64-cond-adm.pkl
 """
 import copy
 import dataclasses
+import functools
 import math
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import common
 import data
@@ -61,9 +67,10 @@ class Flags(edm.Flags):
     kde_points: int = flag(2048, "samples per class of the kernel-density estimate", "dm", low=1)
     draws: int = flag(4, "noise draws per generated sample in the KL term", "dm", low=1)
     bins: list[int] = flag([0, 450], "lowest and highest noise bin of the KL term, of 1000", "dm")
+    fake_bins: list[int] = flag([0, 450], "lowest and highest noise bin of the fake denoiser's training", "dm")
     normaliser: str = flag("c_out", "w_t of the KL gradient", "dm", ("mean_abs", "c_out"))
     grad_clip: float = flag(0.0, "clip each coordinate of the KL gradient; 0 = off", "dm", low=0)
-    distance: str = flag("l2", "regression distance: root mean square or mean square", "dm", ("l2", "mse"))
+    distance: str = flag("l2", "regression distance: root mean square, mean square, or LPIPS (VGG)", "dm", ("l2", "mse", "lpips"))
     filter_pairs: bool = flag(False, "keep only the pairs of the student's own classes: the strategy that App. B.4 rejects", "dm")
     pairs: int = flag(64_000, "pairs (z, y) from the teacher's ODE, a fixed set", "pairs", low=1)
     select_samples: int = flag(16_000, "samples per student of each such evaluation", "dm", low=8)
@@ -77,10 +84,24 @@ PRESETS = {
     ("toy", "few-pairs"): dict(pairs=1000, reg_weight=0.25, reg_warmup=400, steps=2500),
     # App. D.1: 200 000 iterations, 1e-7, 1000 pairs, "the first 750 of the 1000 steps"; DMD (I.2): regression, 1:1, no EMA
     ("toy", "paper"): dict(steps=200_000, lr=1e-7, reg_lr=1e-7, fake_lr=1e-7, pairs=1000, reg_weight=0.25, beta1=0.9, beta2=0.999, decay="constant", ttur=1, ema=0.0,
-                           reg_warmup=0, fake_warmup=0, bins=[0, 749], draws=1, normaliser="mean_abs", clip_norm=10.0,
+                           reg_warmup=0, fake_warmup=0, bins=[0, 749], fake_bins=[0, 749], draws=1, normaliser="mean_abs", clip_norm=10.0,
                            warmup=500, eval_every=5000),
+    # ours, for 2 CPU cores
+    ("fashion-mnist", "default"): dict(steps=900, batch=64, lr=5e-4, reg_lr=1e-3, fake_lr=1e-3, reg_warmup=500, fake_warmup=100, bins=[0, 700],
+                                       fake_bins=[0, 750], draws=1, pairs=10_000, select_samples=2000, eval_every=100, ema=0.99, warmup=50),
+    ("fashion-mnist", "smoke"): dict(steps=6, batch=4, reg_warmup=2, fake_warmup=2, warmup=1, pairs=40, eval_every=3, select_samples=40, bins=[0, 700], fake_bins=[0, 750]),
+    # DMD's CIFAR-10 run where it is known (regression weight 0.25, 1:1, bins 20 to 980), ours elsewhere; not run to its end
+    ("cifar10", "default"): dict(steps=300_000, batch=256, lr=5e-5, reg_lr=5e-5, fake_lr=5e-5, beta1=0.9, beta2=0.999, decay="constant", warmup=500, clip_norm=10.0, ema=0.0,
+                                 reg_weight=0.25, reg_warmup=0, fake_warmup=0, draws=1, bins=[20, 980], fake_bins=[0, 999], normaliser="mean_abs",
+                                 distance="lpips", pairs=100_000, select_samples=10_000, eval_every=5000),
+    ("cifar10", "smoke"): dict(steps=3, batch=2, reg_warmup=1, fake_warmup=1, warmup=1, pairs=20, eval_every=3, select_samples=20),
+    # [MSD App. D.2.1] to the letter; where it is silent, DMD: 1:1, bins 20 to 980 for the KL term and all for mu_fake, no EMA
+    ("imagenet64", "default"): dict(steps=200_000, batch=128, lr=2e-6, reg_lr=2e-6, fake_lr=2e-6, beta1=0.9, beta2=0.999, decay="constant", warmup=500, clip_norm=10.0, ema=0.0,
+                                    reg_weight=0.25, reg_warmup=0, fake_warmup=0, draws=1, bins=[20, 980], fake_bins=[0, 999], normaliser="mean_abs",
+                                    distance="lpips", pairs=10_000, select_samples=10_000, eval_every=5000),
     ("toy", "smoke"): dict(steps=12, batch=16, reg_warmup=4, fake_warmup=3, warmup=2, pairs=64, eval_every=6, kde_points=64, select_samples=400),
 }
+PRESETS["imagenet64", "paper"] = PRESETS["imagenet64", "default"]
 
 
 # ---------------------------------------------------------------------------------------------------------- the losses
@@ -115,14 +136,50 @@ def dm_loss(x: Tensor, grad: Tensor) -> Tensor:
     return 0.5 * edm.per_sample((x - (x - grad).detach()) ** 2)
 
 
-def regression_loss(x: Tensor, y: Tensor, distance: str = "l2") -> Tensor:
+def regression_loss(x: Tensor, y: Tensor, distance="l2") -> Tensor:
     """l(G(z), y), per sample [...] [MSD Eq. 9]; x = G(sigma_max z), y the teacher's sample from the same z.
 
-    l2: root mean square; mse: mean square."""
+    l2: root mean square; mse: mean square; or a function such as `lpips_distance` returns."""
+    if callable(distance):
+        return distance(x, y)
     if distance == "l2":
         gap = (x - y).flatten(-3) if x.ndim > 3 else x - y
         return torch.linalg.vector_norm(gap, dim=-1) / math.sqrt(gap.shape[-1])
     return edm.per_sample((x - y) ** 2)
+
+
+def lpips_distance(device, random_weights: bool = False):
+    """LPIPS with the VGG trunk of the lpips library, images enlarged to 224 bilinearly [MSD App. D.2.1].
+
+    Returns distance(x, y) -> [...] for x, y [..., C, H, W] in [-1, 1]; grey images are repeated to three channels.
+    UserError if VGG's weights are neither here nor can be fetched; random_weights: without them, for tests."""
+    import lpips                                                    # slow to import, and only here
+    try:
+        net = lpips.LPIPS(net="vgg", pnet_rand=random_weights, verbose=False).to(device).requires_grad_(False).eval()
+    except Exception as error:                                      # urllib and torch raise several types
+        where = Path(torch.hub.get_dir()) / "checkpoints" / "vgg16-397923af.pth"
+        raise common.UserError(f"--distance lpips needs torchvision's VGG-16 weights and could not fetch them "
+                               f"({type(error).__name__}): put vgg16-397923af.pth at {where}, or take --distance l2") from None
+
+    def distance(x: Tensor, y: Tensor) -> Tensor:
+        a, b = (F.interpolate(v.flatten(0, -4).expand(-1, 3, -1, -1), (224, 224), mode="bilinear") for v in (x, y.to(x.dtype)))
+        return net(a, b).reshape(x.shape[:-3])
+    return distance
+
+
+@torch.no_grad()
+def kl_gradient(x: Tensor, label: Tensor, sigma: Tensor, noise: Tensor, teacher, mu_fake, normaliser: str, clip: float,
+                sigma_data: float) -> tuple[Tensor, Tensor]:
+    """`dm_gradient` [M, b, *shape] of samples x, averaged over n noise draws each, and the gap |mu_fake - mu_real| [M].
+
+    sigma [M, b, n], noise [M, b, n, *shape]: the same diffused x_t goes to both denoisers, with the sample's own label."""
+    b, n = sigma.shape[1:]
+    sigma, noise = sigma.flatten(1), noise.flatten(1, 2)
+    x, label = x.repeat_interleave(n, 1), label.repeat_interleave(n, 1)                         # [M, b n, *shape]
+    x_t = x + edm.like(sigma, x) * noise
+    mu_real, fake = teacher(x_t, sigma, label), mu_fake(x_t, sigma, label)
+    grad = dm_gradient(x, mu_real, fake, sigma, normaliser, clip, sigma_data)
+    return grad.unflatten(1, (b, n)).mean(2), edm.per_sample((fake - mu_real).abs()).mean(-1)
 
 
 def one_step(G, z: Tensor, label: Tensor | None) -> Tensor:
@@ -133,13 +190,33 @@ def one_step(G, z: Tensor, label: Tensor | None) -> Tensor:
 
 # --------------------------------------------------------------------------------------------------- data for the loop
 
-def make_pairs(teacher, z: Tensor, label: Tensor, steps: int, chunk: int = 8192, name: str = "") -> Tensor:
+def make_pairs(teacher, z: Tensor, label: Tensor, steps: int, chunk: int = 8192) -> Tensor:
     """y [..., N, *shape]: where the teacher's deterministic ODE takes each unit-variance latent z [MSD App. D.2.1].
 
-    label is [..., N]. Serves the paired data D_paired as well as the teacher's own samples; `name` shows a progress bar."""
+    label is [..., N]. Serves the paired data D_paired as well as the teacher's own samples."""
     lead = label.ndim - 1
-    parts = list(zip(z.split(chunk, lead), label.split(chunk, lead)))
-    return torch.cat([edm.heun(teacher, a, b, steps) for a, b in common.bar(parts, name, len(parts), not name)], lead)
+    return torch.cat([edm.heun(teacher, a, b, steps) for a, b in zip(z.split(chunk, lead), label.split(chunk, lead))], lead)
+
+
+def solve(folder: Path, purpose: str, number: int, teacher, facts, seed: int, steps: int, device, ranks, quiet: bool) -> dict:
+    """N samples of the teacher with their latents, {"z", "y": [1, N, *shape], "label": [1, N]}, made once and kept.
+
+    Only y is stored, in files of facts.chunk samples (images as float16) that the ranks share out: what is there is not made
+    again. z follows from the seed and the purpose, the label from the index."""
+    z = torch.randn(1, number, *facts.shape, generator=common.generator(seed, purpose))
+    label = data.stratified(number, facts.classes)[None]
+    parts = list(zip(z.split(facts.chunk, 1), label.split(facts.chunk, 1)))
+    todo = [i for i in ranks.share(len(parts)) if not common.shard(folder, purpose, i).exists()]
+    if todo and ranks.rank == 0:
+        print(f"{folder}: {number} samples of the teacher ({purpose}), {steps} Heun steps …", flush=True)
+    for i in common.bar(todo, f"sampling ({purpose})", len(todo), quiet or ranks.rank > 0):
+        y = make_pairs(teacher, parts[i][0].to(device), parts[i][1].to(device), steps)[0].cpu()
+        common.save_tensors(common.shard(folder, purpose, i), {"y": y if facts.stacked else y.half()})
+    ranks.wait()
+    y = common.load_shards(folder, purpose, len(parts))
+    if y.shape != z.shape[1:]:
+        raise common.UserError(f"{folder}: its samples are {list(y.shape)}, not {list(z.shape[1:])}; delete that folder")
+    return {"z": z, "y": y[None], "label": label}
 
 
 def kde_denoiser(x_t: Tensor, sigma: Tensor, label: Tensor, cloud: Tensor) -> Tensor:
@@ -186,15 +263,18 @@ def by_band(loss: Tensor, sigma: Tensor, name: str, edges=(0.0, 0.01, 0.1, 1.0, 
 
 
 @torch.no_grad()
-def own_distance(G, facts, members, references: dict, samples: int, device, chunk: int = 4096) -> Tensor:
-    """[M]: distance of each member's samples of its own classes from the teacher's of those classes [MSD App. E].
+def own_distance(G, facts, judge, members, references: dict, samples: int, device, ranks) -> Tensor:
+    """[M]: distance of each member's samples of its own classes from the reference's of those classes [MSD App. E].
 
-    references: {seed: statistics} of teacher samples kept for selection; the latents differ from the reported ones."""
+    references: {seed: statistics} kept for selection; the latents differ from the reported ones. The ranks share the samples."""
+    samples -= samples % ranks.size
     draws = common.Draws("select", members, device)
     label = torch.stack([c[torch.arange(samples, device=device) % len(c)] for c in draws.classes])
     z = draws.normal(0, "z", samples, *facts.shape)
-    x = torch.cat([one_step(G, a, b) for a, b in zip(z.split(chunk, 1), label.split(chunk, 1))], 1)
-    return torch.tensor([facts.distance(facts.statistics(x[i], label[i]), references[m.seed], m.classes)
+    part, chunk = ranks.parts(samples)[0], min(4096, facts.chunk)
+    x = torch.cat([one_step(G, a, b) for a, b in zip(z[:, part].split(chunk, 1), label[:, part].split(chunk, 1))], 1)
+    x = ranks.gather(x.transpose(0, 1)).transpose(0, 1)
+    return torch.tensor([judge.distance(judge.statistics(x[i], label[i]), references[m.seed], m.classes)
                          for i, m in enumerate(members)])
 
 
@@ -205,18 +285,19 @@ def first_kl_step(flags: Flags) -> int:
     return flags.steps if flags.dm_weight == 0 else flags.reg_warmup if flags.reg_weight > 0 else 0
 
 
-def train(run: common.Stage, flags: Flags, members, teacher, net, pairs: dict, pair_index: list, references: dict, device):
+def train(run: common.Stage, flags: Flags, members, teacher, net, pairs: dict, pair_index: list, judge, references: dict, device):
     """Train the stack of generators that `net` initialises; returns (last, best) averaged weights of each member.
 
     members: M students, each with its classes Y_k; KL conditions come from these alone [MSD Sec. 3.2, F_DM]
     teacher: denoiser (x, sigma, label) -> mu_real, [M, B, ...], never changed;  net: stack of M Precond nets, copied
     pairs:   {"z", "y": [seeds, N, *shape], "label": [seeds, N], "row": [M]}, row m tells member m's seed
-    pair_index: per member, the pairs it may use: all of them, or `--filter-pairs`;  references: see own_distance"""
-    facts = data.DATASETS[flags.dataset]
-    draws = common.Draws("dm", members, device)
+    pair_index: per member, the pairs it may use: all of them, or `--filter-pairs`;  judge, references: see own_distance"""
+    facts = data.facts(flags.dataset, flags.resolution)
+    draws, ranks = common.Draws("dm", members, device), run.ranks
     names = [f"student {m.student} of {m.students}, seed {m.seed}" for m in members]
     G, mu_fake = copy.deepcopy(net), copy.deepcopy(net)
     ema, best = copy.deepcopy(net).requires_grad_(False), copy.deepcopy(net).requires_grad_(False)
+    edm.compiled(flags, G, mu_fake, ema)
     betas = (flags.beta1, flags.beta2)
     opt_G = torch.optim.AdamW(G.parameters(), lr=flags.lr, betas=betas, weight_decay=flags.weight_decay, fused=True)
     opt_fake = torch.optim.AdamW(mu_fake.parameters(), lr=flags.fake_lr, betas=betas, weight_decay=flags.weight_decay, fused=True)
@@ -224,8 +305,10 @@ def train(run: common.Stage, flags: Flags, members, teacher, net, pairs: dict, p
     start = run.resume(G=G, mu_fake=mu_fake, ema=ema, best=best, opt_G=opt_G, opt_fake=opt_fake, record=record)
 
     B, n, shape = flags.batch, flags.draws, facts.shape
-    low, high = flags.bins
+    parts = ranks.parts(B, flags.micro_batch)                       # one part, unless ranks or memory ask for more
+    (low, high), (fake_low, fake_high) = flags.bins, flags.fake_bins
     grid = edm.sigma_bins().float().to(device)
+    distance = lpips_distance(device) if flags.distance == "lpips" and flags.reg_weight > 0 else flags.distance
     row = pairs["row"][:, None]
     first_kl = first_kl_step(flags)
     for step in run.range(start):
@@ -235,30 +318,33 @@ def train(run: common.Stage, flags: Flags, members, teacher, net, pairs: dict, p
         common.set_learning_rate(opt_G, rate * (flags.lr if kl else flags.reg_lr))
 
         # the generator's turn
-        loss = torch.zeros(len(members), device=device)
-        if kl:
-            label = draws.label(step, "label", B)                                               # [M, B], from Y_k
-            x = one_step(G, draws.normal(step, "z", B, *shape), label)
-            with torch.no_grad():
-                sigma = grid[bins_in_strata(draws, step, "sigma", low, high, B, n)].flatten(1)  # [M, B n]
-                x_n, label_n = x.repeat_interleave(n, 1), label.repeat_interleave(n, 1)
-                x_t = x_n + edm.like(sigma, x_n) * draws.normal(step, "noise", B * n, *shape)
-                mu_real = teacher(x_t, sigma, label_n)
-                fake = (kde_denoiser(x_t, sigma, label_n, make_cloud(G, draws, step, facts.classes, flags.kde_points, shape))
-                        if flags.fake == "kde" else mu_fake(x_t, sigma, label_n))
-                grad = dm_gradient(x_n, mu_real, fake, sigma, flags.normaliser, flags.grad_clip, facts.sigma_data)
-                gap = edm.per_sample((fake - mu_real).abs()).mean(-1)
-            grad = grad.unflatten(1, (B, n)).mean(2)
-            loss = loss + flags.dm_weight * dm_loss(x, grad).mean(-1)
-        if flags.reg_weight > 0:
-            pick = draws.integers(step, "pair", 0, 2 ** 62, B)      # wide: one stream, however many pairs a member may use
-            pick = torch.stack([index[p % len(index)] for index, p in zip(pair_index, pick)])   # [M, B]
-            x_ref = one_step(G, pairs["z"][row, pick], pairs["label"][row, pick])
-            reg = regression_loss(x_ref, pairs["y"][row, pick], flags.distance).mean(-1)
-            loss = loss + (flags.reg_weight if kl else 1.0) * reg
-        run.check(step, loss, names)
         opt_G.zero_grad()
-        loss.sum().backward()
+        loss, made = torch.zeros(len(members), device=device), []
+        for part in parts:
+            terms = 0
+            if kl:
+                label = draws.label(step, "label", B)[:, part]                                  # [M, b], from Y_k
+                x = one_step(G, draws.normal(step, "z", B, *shape)[:, part], label)
+                sigma = grid[bins_in_strata(draws, step, "sigma", low, high, B, n)][:, part]    # [M, b, n]
+                noise = draws.normal(step, "noise", B * n, *shape).unflatten(1, (B, n))[:, part]
+                fake = mu_fake
+                if flags.fake == "kde":
+                    cloud = make_cloud(G, draws, step, facts.classes, flags.kde_points, shape)
+                    fake = lambda x, sigma, label: kde_denoiser(x, sigma, label, cloud)
+                grad, gap = kl_gradient(x, label, sigma, noise, teacher, fake, flags.normaliser, flags.grad_clip, facts.sigma_data)
+                terms = flags.dm_weight * dm_loss(x, grad)
+                made.append((x.detach(), label))
+            if flags.reg_weight > 0:
+                pick = draws.integers(step, "pair", 0, 2 ** 62, B)  # wide: one stream, however many pairs a member may use
+                pick = torch.stack([index[p % len(index)] for index, p in zip(pair_index, pick)])[:, part]      # [M, b]
+                x_ref = one_step(G, pairs["z"][row, pick], pairs["label"][row, pick])
+                reg = regression_loss(x_ref, pairs["y"][row, pick].to(x_ref.dtype), distance)
+                terms = terms + (flags.reg_weight if kl else 1.0) * reg
+            share = terms.sum(-1) / B                                                           # [M]
+            share.sum().backward()
+            loss += share.detach()
+        run.check(step, loss, names)
+        ranks.average(G)
         common.clip_gradients(G, flags.clip_norm, len(members))
         opt_G.step()
         common.ema_update(ema, G, flags.ema, step)
@@ -268,42 +354,58 @@ def train(run: common.Stage, flags: Flags, members, teacher, net, pairs: dict, p
         common.set_learning_rate(opt_fake, flags.fake_lr * (rate if kl and not head_start else 1.0))
         turns = flags.fake_warmup if head_start else flags.ttur if kl else 0
         for turn in range(turns if flags.fake == "net" else 0):
-            if turn > 0 or not kl:
-                label = draws.label(step, f"fake label {turn}", B)
-                with torch.no_grad():
-                    x = one_step(G, draws.normal(step, f"fake z {turn}", B, *shape), label)
-            sigma_fake = grid[draws.integers(step, f"fake sigma {turn}", 0, high + 1, B)]       # [M, B]
-            noise = draws.normal(step, f"fake noise {turn}", B, *shape)
-            fake_losses = edm.denoising_loss(mu_fake, x.detach(), label, sigma_fake, noise, facts.sigma_data)
-            fake_loss = fake_losses.mean(-1)
-            run.check(step, fake_loss, names)
             opt_fake.zero_grad()
-            fake_loss.sum().backward()
+            fake_loss = torch.zeros(len(members), device=device)
+            for i, part in enumerate(parts):
+                if turn == 0 and kl:
+                    x, label = made[i]
+                else:
+                    label = draws.label(step, f"fake label {turn}", B)[:, part]
+                    with torch.no_grad():
+                        x = one_step(G, draws.normal(step, f"fake z {turn}", B, *shape)[:, part], label)
+                sigma_fake = grid[draws.integers(step, f"fake sigma {turn}", fake_low, fake_high + 1, B)][:, part]
+                noise = draws.normal(step, f"fake noise {turn}", B, *shape)[:, part]
+                fake_losses = edm.denoising_loss(mu_fake, x, label, sigma_fake, noise, facts.sigma_data)
+                share = fake_losses.sum(-1) / B
+                share.sum().backward()
+                fake_loss += share.detach()
+            run.check(step, fake_loss, names)
+            ranks.average(mu_fake)
             common.clip_gradients(mu_fake, flags.clip_norm, len(members))
             opt_fake.step()
 
         if (step + 1) % 50 == 0:
-            run.log(step + 1, **({"regression": reg} if flags.reg_weight > 0 else {}), **({"gap": gap} if kl else {}),
+            run.log(step + 1, **({"regression": reg.mean(-1)} if flags.reg_weight > 0 else {}), **({"gap": gap} if kl else {}),
                     **(by_band(fake_losses, sigma_fake, "fake loss") if kl and flags.fake == "net" else {}))
         if (step + 1) % flags.eval_every == 0 or step + 1 == flags.steps:
-            distance = own_distance(ema, facts, members, references, flags.select_samples, device)
-            better = distance < record["distance"]
-            record["distance"] = torch.where(better, distance, record["distance"])
-            with torch.no_grad():
-                for b, e in zip(best.parameters(), ema.parameters()):
-                    b[better] = e[better]
-            run.log(step + 1, **{facts.metric: distance})
-            run.show(**{facts.metric: distance.mean().item()})
+            keep_best(run, step + 1, own_distance(ema, facts, judge, members, references, flags.select_samples, device, ranks),
+                      ema, best, record, facts.metric)
         run.save(step + 1, G=G, mu_fake=mu_fake, ema=ema, best=best, opt_G=opt_G, opt_fake=opt_fake, record=record)
     return ema, best
+
+
+@torch.no_grad()
+def keep_best(run: common.Stage, step: int, distance: Tensor, ema, best, record: dict, metric: str) -> None:
+    """Copy into `best` the members of `ema` whose distance [M] is the lowest so far; log it."""
+    better = distance < record["distance"]
+    record["distance"] = torch.where(better, distance, record["distance"])
+    for b, e in zip(best.parameters(), ema.parameters()):
+        chosen = better.to(b.device).reshape(-1, *[1] * (b.ndim - 1))                           # a stack of one: all or nothing
+        b.copy_(torch.where(chosen, e, b))
+    run.log(step, **{metric: distance})
+    run.show(**{metric: distance.mean().item()})
 
 
 # ------------------------------------------------------------------------------------------------------ the whole stage
 
 def check_flags(flags: Flags) -> None:
     """Raise UserError for values that are fine alone but not together."""
-    if len(flags.bins) != 2 or not 0 <= flags.bins[0] <= flags.bins[1] <= 999:
-        raise common.UserError(f"--bins {' '.join(map(str, flags.bins))}: give two numbers, lowest and highest of 0 to 999")
+    for name in ("bins", "fake_bins"):
+        bins = getattr(flags, name)
+        if len(bins) != 2 or not 0 <= bins[0] <= bins[1] <= 999:
+            raise common.UserError(f"{common.option(name)} {' '.join(map(str, bins))}: give two numbers, lowest and highest of 0 to 999")
+    if flags.fake == "kde" and data.DATASETS[flags.dataset].exact is None:
+        raise common.UserError(f"--fake kde: an oracle for the toy; {flags.dataset} needs --fake net")
     for name in ("beta1", "beta2", "ema", "teacher_ema"):
         if getattr(flags, name) >= 1:
             raise common.UserError(f"{common.option(name)} {getattr(flags, name)}: must be below 1")
@@ -316,41 +418,43 @@ def check_flags(flags: Flags) -> None:
 
 @dataclasses.dataclass
 class Inputs:
-    """What every student of every sweep needs from the teacher; row i belongs to the i-th seed."""
+    """What every student of every sweep needs; row i belongs to the i-th seed."""
     teachers: list                                                  # Precond stacks of one
     pairs: dict                                                     # {"z", "y": [seeds, N, *shape], "label": [seeds, N]}
-    references: dict                                                # {seed: {"select", "report": statistics, ...}}
+    references: dict                                                # {seed: {"select", "report", "floor", "truth", …: statistics}}
+    judge: data.Judge
 
 
-def get_inputs(flags: Flags, device) -> Inputs:
-    """Teacher, pairs and the teacher's own samples of each seed: made now, or reused from the run folder."""
-    facts = data.DATASETS[flags.dataset]
-    teachers = edm.get_teachers(flags, device)
+def get_inputs(flags: Flags, device, ranks) -> Inputs:
+    """Teacher, pairs, the judge and what it compares with, for each seed: made now, or reused from the run folder."""
+    facts = data.facts(flags.dataset, flags.resolution)
+    source = functools.lru_cache(lambda: data.source(flags))
+    teachers = edm.get_teachers(flags, source, device, ranks)
+    judge = data.judge(flags, source, device, ranks)
     pairs, references = [], {}
     for seed, D in zip(edm.seeds(flags), teachers):
         denoise = facts.exact if flags.teacher == "exact" else D
         home, lineage = Path(flags.out) / f"seed{seed}", edm.lineage(flags, seed)
-        samples = common.stage_config(flags, "samples")
 
-        def solved(purpose: str, number: int) -> dict:
-            z = torch.randn(1, number, *facts.shape, generator=common.generator(seed, purpose)).to(device)
-            label = data.stratified(number, facts.classes, device)[None]
-            y = make_pairs(denoise, z, label, flags.sampler_steps, name="" if flags.quiet else f"sampling ({purpose})")
-            return {"z": z.cpu(), "y": y.cpu(), "label": label.cpu()}
+        def solved(folder: Path, purpose: str, number: int) -> dict:
+            return solve(folder, purpose, number, denoise, facts, seed, flags.sampler_steps, device, ranks, flags.quiet)
 
-        def stored(folder: Path, config: dict, parts: dict[str, int]) -> dict:
-            common.check_config(folder, {**lineage, **config})
-            if not (folder / "samples.pt").exists():
-                print(f"{folder}: {sum(parts.values())} samples of the teacher, {flags.sampler_steps} Heun steps …", flush=True)
-                common.save_tensors(folder / "samples.pt", {k: solved(k, n) for k, n in parts.items()})
-            return common.load_tensors(folder / "samples.pt")
-
-        pairs.append(stored(home / "pairs" / str(flags.pairs), {
-            "sampler_steps": flags.sampler_steps, **common.stage_config(flags, "pairs")}, {"pairs": flags.pairs})["pairs"])
-        drawn = stored(home / "reference", samples, {"select": flags.eval_samples, "report": flags.eval_samples})
-        references[seed] = {k: facts.statistics(v["y"][0], v["label"][0]) for k, v in drawn.items()}
+        folder = home / "pairs" / str(flags.pairs)
+        common.check_config(folder, {**lineage, "sampler_steps": flags.sampler_steps, **common.stage_config(flags, "pairs")})
+        pairs.append(solved(folder, "pairs", flags.pairs))
+        folder = home / "reference"
+        common.check_config(folder, {**lineage, **common.stage_config(flags, "samples")})
+        drawn = {p: solved(folder, p, flags.eval_samples) for p in (("select", "report") if facts.stacked else ("report",))}
+        references[seed] = {p: judge.statistics(d["y"][0], d["label"][0]) for p, d in drawn.items()}
+        references[seed] |= judge.truth(seed, flags.eval_samples)
+        if "select" in drawn:                                       # two draws of the teacher: nothing can be told apart below it
+            references[seed]["floor"] = judge.distance(references[seed]["select"], references[seed]["report"])
+        else:                                                       # images: choose by the data [MSD App. E]
+            references[seed]["select"] = references[seed]["real"]
+            other = judge.statistics(pairs[-1]["y"][0], pairs[-1]["label"][0])
+            references[seed]["floor"] = judge.distance(other, references[seed]["report"])
     joined = {k: torch.cat([p[k] for p in pairs]).to(device) for k in ("z", "y", "label")}
-    return Inputs(teachers, joined, references)
+    return Inputs(teachers, joined, references, judge)
 
 
 def stage_folder(flags: Flags, seed: int, students: int, stage: str = "dm") -> Path:
@@ -364,41 +468,64 @@ def config(flags: Flags, seed: int) -> dict:
             **common.stage_config(flags, "pairs"), **common.stage_config(flags, "dm")}
 
 
-def distil(flags: Flags, members: list, pair_index: list, inputs: Inputs, device) -> None:
+def distil(flags: Flags, members: list, pair_index: list, inputs: Inputs, device, ranks) -> None:
     """G_k = Distill_DM(mu_teacher, F_DM(D, Y_k)) for all members [MSD Eq. 2, first line].
 
-    Train every folder of `members` that is not finished, as one stack where it can; leave ema.pt and best.pt in each."""
-    seeds = edm.seeds(flags)
-    facts = data.DATASETS[flags.dataset]
+    Train every folder of `members` that is not finished; leave ema.pt and best.pt in each. The toy's students train as one
+    stack, on all ranks; images have a folder per student, and the students of one K go to ranks of their own."""
+    facts, results = data.facts(flags.dataset, flags.resolution), ("best.pt", "ema.pt", "done.json")
     of_folder: dict[Path, list[int]] = {}
+    sets: dict[Path, list[Path]] = {}                               # the folders of one seed and one K
+    parts = {(m.seed, m.students): [o.classes for o in members if (o.seed, o.students) == (m.seed, m.students)] for m in members}
     for i, m in enumerate(members):
-        of_folder.setdefault(stage_folder(flags, m.seed, m.students), []).append(i)
+        home = stage_folder(flags, m.seed, m.students)
+        folder = home if facts.stacked else home / f"student{m.student}"
+        of_folder.setdefault(folder, []).append(i)
+        sets.setdefault(home, []).append(folder)
     for folder, index in of_folder.items():
         first = members[index[0]]
-        common.check_config(folder, {**config(flags, first.seed), "students": first.students,
-                                     "partition": [members[i].classes for i in index]})
-        if common.finished(folder, ("best.pt", "ema.pt")):
+        mine = {"partition": parts[first.seed, first.students]} if facts.stacked else {"student": first.student, "classes": first.classes}
+        common.check_config(folder, {**config(flags, first.seed), "students": first.students, **mine})
+        if common.finished(folder, results) and ranks.rank == 0:
             print(f"{folder}: already trained, reused")
-    for group in common.unfinished(list(of_folder), ("best.pt", "ema.pt")):
-        slices, chosen = {}, []
-        for folder in group:
-            slices[folder] = slice(len(chosen), len(chosen) + len(of_folder[folder]))
-            chosen += of_folder[folder]
-        stack = [members[i] for i in chosen]
-        row = [seeds.index(m.seed) for m in stack]
-        net = edm.Precond(facts.net(len(stack), facts.sizes[0]), facts.sigma_data).to(device)
-        net.load_state_dict({k: torch.cat([inputs.teachers[r].state_dict()[k] for r in row]) for k in net.state_dict()})
-        teacher = facts.exact if flags.teacher == "exact" else copy.deepcopy(net).requires_grad_(False)
-        run = common.Stage("dm", slices, flags.steps, flags.save_every, flags.quiet)
-        ema, best = train(run, flags, stack, teacher, net, {**inputs.pairs, "row": torch.tensor(row, device=device)},
-                          [pair_index[i].to(device) for i in chosen],
-                          {s: r["select"] for s, r in inputs.references.items()}, device)
-        for folder, rows in slices.items():
-            about = {"dataset": flags.dataset, "size": facts.sizes[0], "partition": [m.classes for m in stack[rows]],
-                     "seconds": run.seconds()}
-            for name, D in (("best.pt", best), ("ema.pt", ema)):
-                net_rows = {k: v[rows].cpu().clone() for k, v in D.state_dict().items()}
-                common.save_tensors(folder / name, {**about, "net": net_rows})
+    todo = common.unfinished(list(of_folder), results, facts.stacked)
+    ranks.wait()                                                    # all have seen the same folders before one writes into them
+    if facts.stacked:
+        for group in todo:
+            train_group(flags, group, of_folder, members, pair_index, inputs, device, ranks)
+    else:
+        for folders in sets.values():
+            mine, own = ranks.split(len(folders))
+            for folder in [folders[i] for i in mine if [folders[i]] in todo]:
+                train_group(flags, [folder], of_folder, members, pair_index, inputs, device, own)
+    ranks.wait()
+
+
+def train_group(flags: Flags, group: list[Path], of_folder: dict, members: list, pair_index: list, inputs: Inputs, device, ranks):
+    """Train the students of these folders as one stack and leave their weights there."""
+    facts, seeds = data.facts(flags.dataset, flags.resolution), edm.seeds(flags)
+    slices, chosen = {}, []
+    for folder in group:
+        slices[folder] = slice(len(chosen), len(chosen) + len(of_folder[folder]))
+        chosen += of_folder[folder]
+    stack = [members[i] for i in chosen]
+    row = [seeds.index(m.seed) for m in stack]
+    size = inputs.teachers[0].size
+    net = edm.ready(facts.net(len(stack), size), inputs.teachers[0].sigma_data, flags, device)
+    net.load_state_dict(common.stack_of([inputs.teachers[r] for r in row]))
+    teacher = facts.exact if flags.teacher == "exact" else copy.deepcopy(net).requires_grad_(False)
+    edm.compiled(flags, teacher)
+    name = "dm" if facts.stacked else f"dm, student {stack[0].student} of {stack[0].students}"
+    run = common.Stage(name, slices, flags.steps, flags.save_every, flags.quiet, ranks)
+    ema, best = train(run, flags, stack, teacher, net, {**inputs.pairs, "row": torch.tensor(row, device=device)},
+                      [pair_index[i].to(device) for i in chosen], inputs.judge,
+                      {s: r["select"] for s, r in inputs.references.items()}, device)
+    for folder, rows in slices.items() if run.main else ():
+        about = {"dataset": facts.name, "resolution": facts.shape[-1] if facts.native else 0, "size": size,
+                 "partition": [m.classes for m in stack[rows]], "seconds": run.seconds()}
+        for name, D in (("best.pt", best), ("ema.pt", ema)):
+            common.save_tensors(folder / name, {**about, "net": common.rows_of(D, rows, len(stack))})
+        common.save_json(folder / "done.json", {"seconds": run.seconds()})
 
 
 @common.command
@@ -410,13 +537,15 @@ def main(argv=None):
         print(common.describe(flags))
         return
     device = common.device(flags.device, flags.threads)
-    facts = data.DATASETS[flags.dataset]
-    print(f"dmd: one student of {flags.dataset}, {flags.steps} updates of batch {flags.batch}, on {device}, into {flags.out}")
-    inputs = get_inputs(flags, device)
+    ranks = common.world(device)
+    facts = data.facts(flags.dataset, flags.resolution)
+    if ranks.rank == 0:
+        print(f"dmd: one student of {flags.dataset}, {flags.steps} updates of batch {flags.batch}, on {device}, into {flags.out}")
+    inputs = get_inputs(flags, device, ranks)
     members = [common.Member(seed, 1, 0, tuple(range(facts.classes))) for seed in edm.seeds(flags)]
     everything = torch.arange(flags.pairs)
-    distil(flags, members, [everything] * len(members), inputs, device)
-    for m in members:
+    distil(flags, members, [everything] * len(members), inputs, device, ranks)
+    for m in members if ranks.rank == 0 else ():
         print(f"seed {m.seed}: {stage_folder(flags, m.seed, 1)}")
 
 

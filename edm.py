@@ -19,9 +19,12 @@ Departures from the paper
     (`python msd.py --teacher exact --sampler-steps 18` shows the teacher's distance to the data).
 
 Run      python edm.py --dataset toy
+         python edm.py --dataset fashion-mnist
+Many GPUs    torchrun --nproc-per-node 8 edm.py --dataset cifar10
 """
 import copy
 import dataclasses
+import functools
 import math
 from pathlib import Path
 
@@ -30,6 +33,8 @@ from torch import Tensor, nn
 
 import common
 import data
+import snapshot
+import unet
 from common import flag
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7
@@ -40,14 +45,21 @@ class Flags:
     """Flags of every run, and the teacher's."""
     dataset: str = flag("toy", "what to train on", choices=tuple(data.DATASETS))
     preset: str = flag("default", "a line of PRESETS: default, few-pairs, paper or smoke")
+    resolution: int = flag(0, "pixels of the images, pooled from the dataset's own; 0 = the dataset's default", low=0)
+    data: str = flag("", "file or folder of the images; none = the usual places (data.py)")
+    features: str = flag("", "of the Frechet distance: path of NVIDIA's TorchScript Inception; none = our own classifier")
     out: str = flag("runs/toy", "the run folder")
     seed: int = flag(0, "first seed; seed S lives in OUT/seedS", low=0)
     seeds: int = flag(1, "number of seeds, S, S+1, …, trained as one stack", low=1)
     device: str = flag("auto", "auto (cuda if there is one), cpu, cuda or mps")
     threads: int = flag(0, "CPU threads; 0 = as many as there are cores, at most 8", low=0)
+    precision: str = flag("auto", "inside image networks: bf16 on a GPU and fp32 on a CPU, or one of them", choices=("auto", "fp32", "bf16"))
+    compile: bool = flag(False, "torch.compile the image networks: minutes at the start, faster on a GPU")
+    micro_batch: int = flag(0, "samples a rank takes through a network at a time; 0 = its whole share of the batch", low=0)
     dry_run: bool = flag(False, "print every value and its source, and stop")
     quiet: bool = flag(False, "no progress bars")
-    teacher: str = flag("train", "train, exact (the toy's closed form), or a checkpoint's path")
+    teacher: str = flag("train", "train, exact (the toy's closed form), or the path of a checkpoint or of NVIDIA's .pkl")
+    teacher_size: str = flag("", "its size: B, S, XS or XXS; none = B", "teacher")
     teacher_steps: int = flag(7000, "updates of the teacher", "teacher", low=1)
     teacher_batch: int = flag(384, "batch of the teacher", "teacher", low=1)
     teacher_lr: float = flag(1e-2, "its learning rate (AdamW)", "teacher", low=0)
@@ -68,7 +80,18 @@ PRESETS = {
     ("toy", "few-pairs"): {},
     ("toy", "paper"): dict(teacher_steps=100_000, teacher_lr=1e-4, teacher_decay="constant", noise_law="bins", sampler_steps=256),
     ("toy", "smoke"): dict(teacher_steps=60, teacher_batch=64, sampler_steps=8, eval_samples=800, save_every=20),
+    ("fashion-mnist", "default"): dict(out="runs/fashion-mnist", teacher_steps=6000, teacher_batch=64, teacher_lr=2e-3, teacher_ema=0.999,
+                                       P_mean=-1.2, P_std=1.2, sampler_steps=18, eval_samples=10_000, save_every=250),
+    ("fashion-mnist", "smoke"): dict(out="runs/fashion-mnist", teacher_size="XXS", teacher_steps=6, teacher_batch=8, sampler_steps=3, eval_samples=40, save_every=3),
+    # no numbers of this dataset in the paper; EDM's own CIFAR-10 run: 200 million images, batch 512, 1e-3, EMA over half a million
+    ("cifar10", "default"): dict(out="runs/cifar10", teacher_steps=390_000, teacher_batch=512, teacher_lr=1e-3, teacher_decay="constant", teacher_ema=0.9993,
+                                 P_mean=-1.2, P_std=1.2, sampler_steps=18, eval_samples=50_000, save_every=1000),
+    ("cifar10", "smoke"): dict(out="runs/cifar10", teacher_size="XXS", teacher_steps=4, teacher_batch=4, sampler_steps=2, eval_samples=20, save_every=2),
+    # [MSD App. D.2.1]: NVIDIA's teacher, 256 Heun steps; App. E: 50 000 samples. Trained here, it would be EDM's run: batch 4096, 1e-4
+    ("imagenet64", "default"): dict(out="runs/imagenet64", teacher="edm-imagenet-64x64-cond-adm.pkl", teacher_steps=610_000, teacher_batch=4096, teacher_lr=1e-4,
+                                    teacher_decay="constant", teacher_ema=0.99994, P_mean=-1.2, P_std=1.2, sampler_steps=256, eval_samples=50_000, save_every=1000),
 }
+PRESETS["imagenet64", "paper"] = PRESETS["imagenet64", "default"]
 
 
 # -------------------------------------------------------------------------------------- preconditioning, noise, loss
@@ -177,25 +200,45 @@ def draw_sigma(draws, step: int, batch: int, flags) -> Tensor:
     return sigma.clamp(1e-4, 1e3)                                   # the weight 1 / sigma^2 of a stray draw stays bounded
 
 
-def train(run: common.Stage, flags: Flags, members: list[common.Member], device) -> Precond:
+def ready(net: nn.Module, sigma_data: float, flags, device) -> Precond:
+    """The denoiser around a network, on its device, an image network with the precision that the flags ask for."""
+    if hasattr(net, "precision"):
+        net.precision = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[flags.precision]
+    return Precond(net, sigma_data).to(device)
+
+
+def compiled(flags, *denoisers: Precond) -> None:
+    """--compile: compile the image networks in place (a copy of a compiled network is not compiled)."""
+    for D in denoisers:
+        if flags.compile and hasattr(getattr(D, "net", None), "precision"):
+            D.net.compile()
+
+
+def train(run: common.Stage, flags: Flags, source, members: list[common.Member], device) -> Precond:
     """Train one teacher per member (per seed) as a stack; returns the averaged weights."""
-    facts = data.DATASETS[flags.dataset]
+    facts = data.facts(flags.dataset, flags.resolution)
     draws = common.Draws("teacher", members, device)
-    D = Precond(facts.net(len(members), facts.sizes[0]), facts.sigma_data).to(device)
+    D = ready(facts.net(len(members), flags.teacher_size), facts.sigma_data, flags, device)
     ema = copy.deepcopy(D).requires_grad_(False)
+    compiled(flags, D)
     optimizer = torch.optim.AdamW(D.parameters(), betas=(0.9, 0.999), weight_decay=flags.weight_decay, fused=True)
     start = run.resume(D=D, ema=ema, optimizer=optimizer)
 
+    B, names = flags.teacher_batch, [f"teacher of seed {m.seed}" for m in members]
     for step in run.range(start):
-        x, label = data.real(facts, draws, step, flags.teacher_batch)
-        sigma = draw_sigma(draws, step, flags.teacher_batch, flags)                             # [M, B]
-        noise = draws.normal(step, "noise", flags.teacher_batch, *facts.shape)
-        loss = denoising_loss(D, x, label, sigma, noise, facts.sigma_data).mean(-1)             # [M]
-        run.check(step, loss, [f"teacher of seed {m.seed}" for m in members])
+        optimizer.zero_grad()
+        loss = torch.zeros(len(members), device=device)
+        for part in run.ranks.parts(B, flags.micro_batch):          # one part, unless ranks or memory ask for more
+            x, label = source.batch(draws, step, B, part)
+            sigma = draw_sigma(draws, step, B, flags)[:, part]                                  # [M, b]
+            noise = draws.normal(step, "noise", B, *facts.shape)[:, part]
+            share = denoising_loss(D, x, label, sigma, noise, facts.sigma_data).sum(-1) / B     # [M]
+            share.sum().backward()
+            loss += share.detach()
+        loss = run.check(step, loss, names)
+        run.ranks.average(D)
         common.set_learning_rate(optimizer, common.learning_rate(
             flags.teacher_lr, step, flags.teacher_steps, 100, flags.teacher_decay))
-        optimizer.zero_grad()
-        loss.sum().backward()
         optimizer.step()
         common.ema_update(ema, D, flags.teacher_ema, step)
         if (step + 1) % 50 == 0:
@@ -210,55 +253,97 @@ def seeds(flags: Flags) -> list[int]:
     return list(range(flags.seed, flags.seed + flags.seeds))
 
 
+def origin(flags: Flags, seed: int) -> dict:
+    """Dataset, resolution and seed: the first lines of every config.json."""
+    known = data.facts(flags.dataset, flags.resolution)
+    return {"dataset": known.name, **({"resolution": known.shape[-1]} if known.native else {}), "seed": seed}
+
+
 def lineage(flags: Flags, seed: int) -> dict:
     """The flags that determine the teacher of a seed: part of every later stage's config.json."""
     if flags.teacher == "train":
-        return {"dataset": flags.dataset, "seed": seed, "teacher": "train", **common.stage_config(flags, "teacher")}
-    name = "exact" if flags.teacher == "exact" else common.fingerprint(load_teacher(flags.teacher))
-    return {"dataset": flags.dataset, "seed": seed, "teacher": name}
+        return {**origin(flags, seed), "teacher": "train", **common.stage_config(flags, "teacher")}
+    return {**origin(flags, seed), "teacher": "exact" if flags.teacher == "exact" else _teacher_hash(flags.teacher)}
+
+
+@functools.lru_cache
+def _teacher_hash(path: str) -> str:
+    return common.fingerprint(load_teacher(path))
 
 
 def load_teacher(path) -> Precond:
-    """A frozen Precond denoiser, a stack of one, from a checkpoint of ours (ema.pt). UserError if it is none."""
-    saved = common.load_tensors(Path(path))
+    """A frozen denoiser from a checkpoint of ours (ema.pt), a stack of one, or from NVIDIA's EDM snapshot (.pkl).
+
+    Its attributes `facts` (data.Facts, as far as the file tells) and `size` say what it is. Never runs code from the file.
+    UserError if it is no teacher."""
+    path = Path(path)
+    if path.suffix == ".pkl":
+        found = snapshot.read(path)
+        D = Precond(unet.UNet(found.resolution, found.channels, found.classes, found.size), found.sigma_data)
+        D.net.load_state_dict(found.state)
+        same = [f for f in data.DATASETS.values() if (f.shape, f.classes) == ((found.channels, *[found.resolution] * 2), found.classes)]
+        D.facts = same[0] if same else dataclasses.replace(data.DATASETS["imagenet64"], name=path.name, classes=found.classes,
+                                                           shape=(found.channels, found.resolution, found.resolution))
+        D.size = tuple(found.size)
+        return D.requires_grad_(False)
+    saved = common.load_tensors(path)
     try:
-        facts = data.DATASETS[saved["dataset"]]
+        facts = data.facts(saved["dataset"], saved.get("resolution", 0))
         D = Precond(facts.net(1, saved["size"]), facts.sigma_data)
         D.load_state_dict(saved["net"])
         if "partition" in saved:
             raise KeyError("a student, not a teacher")
     except (KeyError, TypeError, RuntimeError, IndexError, AttributeError, ValueError):
         raise common.UserError(f"{path}: not a teacher checkpoint of this code (give a run's seed*/teacher/ema.pt)") from None
+    D.facts, D.size = facts, saved["size"]
     return D.requires_grad_(False)
 
 
-def get_teachers(flags: Flags, device) -> list[Precond]:
-    """One trained network per seed: loaded from --teacher PATH, reused from the run folder, or trained now as one stack.
+def get_teachers(flags: Flags, source, device, ranks: common.Ranks) -> list[Precond]:
+    """One trained network per seed: loaded from --teacher PATH, reused from the run folder, or trained now.
 
-    With `--teacher exact` the scores are exact, but a student still needs weights to start from: these."""
+    source() gives the data when they are needed. The toy's seeds train as one stack. With `--teacher exact` the scores are
+    exact, but a student still needs weights to start from: these."""
+    facts = data.facts(flags.dataset, flags.resolution)
     if flags.teacher not in ("train", "exact"):
-        return [load_teacher(flags.teacher).to(device) for _ in seeds(flags)]
-    facts = data.DATASETS[flags.dataset]
+        teachers = [load_teacher(flags.teacher) for _ in seeds(flags)]
+        found = teachers[0].facts
+        if (found.shape, found.classes) != (facts.shape, facts.classes):
+            raise common.UserError(f"--teacher {flags.teacher}: made for {'x'.join(map(str, found.shape))}, {found.classes} classes, but "
+                                   f"{facts.name} has {'x'.join(map(str, facts.shape))}, {facts.classes} classes; give the --dataset "
+                                   f"and --resolution that it was trained on")
+        return [ready_teacher(D, flags, device) for D in teachers]
     if flags.teacher == "exact" and facts.exact is None:
         raise common.UserError(f"--teacher exact: {flags.dataset} has no closed form; train one or give a checkpoint's path")
     folders = {seed: Path(flags.out) / f"seed{seed}" / "teacher" for seed in seeds(flags)}
     for seed, folder in folders.items():
-        common.check_config(folder, {"dataset": flags.dataset, "seed": seed, **common.stage_config(flags, "teacher")})
-        if common.finished(folder, ("ema.pt",)):
+        common.check_config(folder, {**origin(flags, seed), **common.stage_config(flags, "teacher")})
+        if common.finished(folder, ("ema.pt",)) and ranks.rank == 0:
             print(f"teacher of seed {seed}: reused from {folder}")
-    for group in common.unfinished(list(folders.values()), ("ema.pt",)):
+    groups = common.unfinished(list(folders.values()), ("ema.pt",), facts.stacked)
+    ranks.wait()                                                    # all have seen the same folders before one writes into them
+    for group in groups:
         members = [common.Member(s, 1, 0, tuple(range(facts.classes))) for s, f in folders.items() if f in group]
         run = common.Stage("teacher", {f: slice(i, i + 1) for i, f in enumerate(group)}, flags.teacher_steps, flags.save_every,
-                           flags.quiet)
-        D = train(run, flags, members, device)
-        for i, folder in enumerate(group):
-            net = {k: v[i:i + 1].cpu().clone() for k, v in D.state_dict().items()}
+                           flags.quiet, ranks)
+        D = train(run, flags, source(), members, device)
+        for i, folder in enumerate(group if run.main else ()):
+            net = common.rows_of(D, slice(i, i + 1), len(group))
             if facts.exact:
-                one = Precond(facts.net(1, facts.sizes[0]), facts.sigma_data).requires_grad_(False)
+                one = Precond(facts.net(1, flags.teacher_size), facts.sigma_data).requires_grad_(False)
                 one.load_state_dict(net)
                 compare(one, facts, members[i].seed, folder)
-            common.save_tensors(folder / "ema.pt", {"dataset": flags.dataset, "size": facts.sizes[0], "net": net})
-    return [load_teacher(f / "ema.pt").to(device) for f in folders.values()]
+            common.save_tensors(folder / "ema.pt", {"dataset": facts.name, "resolution": facts.shape[-1] if facts.native else 0,
+                                                    "size": flags.teacher_size or facts.sizes[0], "net": net})
+    ranks.wait()
+    return [ready_teacher(load_teacher(f / "ema.pt"), flags, device) for f in folders.values()]
+
+
+def ready_teacher(D: Precond, flags: Flags, device) -> Precond:
+    """A loaded teacher, made `ready`, still knowing what it is."""
+    out = ready(D.net, D.sigma_data, flags, device)
+    out.facts, out.size = D.facts, D.size
+    return out.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -296,9 +381,12 @@ def main(argv=None):
         print(common.describe(flags))
         return
     device = common.device(flags.device, flags.threads)
-    print(f"edm: teacher of {flags.dataset}, {flags.teacher_steps} steps of batch {flags.teacher_batch}, on {device}, "
-          f"into {flags.out}")
-    get_teachers(flags, device)
+    ranks = common.world(device)
+    ranks.parts(flags.teacher_batch, flags.micro_batch)
+    if ranks.rank == 0:
+        print(f"edm: teacher of {flags.dataset}, {flags.teacher_steps} steps of batch {flags.teacher_batch}, on {device}, "
+              f"into {flags.out}")
+    get_teachers(flags, lambda: data.source(flags), device, ranks)
     print("\n".join(str(Path(flags.out) / f"seed{seed}" / "teacher") for seed in seeds(flags)))
 
 

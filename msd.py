@@ -15,8 +15,12 @@ Departures from the paper: none of its own; see edm.py, dmd.py and toy_mog.py.
 
 Run      python msd.py --dataset toy --students 8
 Sweep    python msd.py --dataset toy --students 1 2 4 8 --seeds 5
+Images   python msd.py --dataset fashion-mnist --students 1 5
+GPUs     torchrun --nproc-per-node 8 msd.py --dataset imagenet64 --students 4 (on each node; --student k runs one alone)
 """
 import dataclasses
+import math
+import os
 import time
 from pathlib import Path
 
@@ -28,6 +32,7 @@ import data
 import dmd
 import edm
 import plot
+import unet
 from common import flag
 
 
@@ -35,12 +40,17 @@ from common import flag
 class Flags(dmd.Flags):
     """What only several students need, beside the stages' flags."""
     students: list[int] = flag([8], "number of students K; several numbers train as one stack and are compared")
+    student: int = flag(-1, "train only this student of each K, for a job array on a cluster; -1 = all", low=-1)
     partition: str = flag("consecutive", "how the classes are split", "dm", ("consecutive",))
     against: str = flag("", "tag of another variant in the same run folder: compare with it, K by K")
     target_l1: float = flag(0.0, "exit with 1 if the l1 of the largest K is above this; 0 = no target", low=0)
 
 
-PRESETS = common.merge(edm.PRESETS, dmd.PRESETS)
+PRESETS = common.merge(edm.PRESETS, dmd.PRESETS, {
+    ("fashion-mnist", "default"): dict(students=[1, 5]), ("fashion-mnist", "smoke"): dict(students=[1, 3]),
+    ("cifar10", "default"): dict(students=[1, 5]), ("cifar10", "smoke"): dict(students=[2]),
+    ("imagenet64", "default"): dict(students=[4]), ("imagenet64", "paper"): dict(students=[4]),
+})
 
 
 # ------------------------------------------------------------------------------------------- the paper's idea, in full
@@ -88,8 +98,15 @@ class Router:
 def route(G, router: Router, z: Tensor, label: Tensor) -> Tensor:
     """x [B, *shape] from z [B, *shape] and label [B]: every sample by its own student, one evaluation each.
 
-    Rows are sorted into a block per student, so that each student of the stack runs once."""
+    G: a stack, whose students answer a block of rows each, all at once; or `Separate` students, of which only those that
+    the labels need are loaded, and each runs once."""
     k = router(label)                                                                           # [B]
+    if isinstance(G, Separate):
+        x = torch.empty_like(z)
+        for i in k.unique().tolist():
+            mine = k == i
+            x[mine] = dmd.one_step(G.student(i), z[mine], label[mine])
+        return x
     order = k.argsort(stable=True)
     count = torch.bincount(k, minlength=int(router.table.max()) + 1)                            # [K]
     place = torch.empty_like(k)
@@ -105,28 +122,64 @@ def latents(seeds, shape) -> Tensor:
     return torch.stack([torch.randn(shape, generator=common.generator("latent", int(s))) for s in seeds])
 
 
+class Separate:
+    """Image students, each a file of its own, read when it is first needed and kept on `device`."""
+
+    def __init__(self, folders: list[Path], name: str, flags=None):
+        self.folders, self.name, self.flags, self.device, self.loaded = folders, name, flags, "cpu", {}
+
+    def student(self, k: int) -> edm.Precond:
+        """Student k, frozen. UserError if its file is no student's."""
+        if k not in self.loaded:
+            self.loaded[k] = _read_students(self.folders[k] / self.name)[1]
+        return self.loaded[k].to(self.device)
+
+    def to(self, device):
+        self.device = device
+        return self
+
+
 @dataclasses.dataclass
 class Students:
     """The K trained generators of one stage folder, with their router."""
-    dataset: str
-    G: edm.Precond
+    facts: data.Facts
+    G: edm.Precond | Separate
     router: Router
-    seconds: float                                                  # of training, of the whole stack
+    seconds: float                                                  # of training, all together
+
+
+def _read_students(path: Path) -> tuple[dict, edm.Precond]:
+    saved = common.load_tensors(path)
+    try:
+        facts = data.facts(saved["dataset"], saved.get("resolution", 0))
+        size = saved["size"] if isinstance(saved["size"], str) else unet.Size(*saved["size"])
+        G = edm.Precond(facts.net(len(saved["partition"]), size), facts.sigma_data)
+        G.load_state_dict(saved["net"])
+        return {**saved, "facts": facts, "parts": [torch.tensor(p) for p in saved["partition"]]}, G.requires_grad_(False)
+    except (KeyError, TypeError, RuntimeError, IndexError, AttributeError, ValueError):
+        raise common.UserError(f"{path}: not a students' checkpoint of this code") from None
 
 
 def load_students(folder, name: str = "best.pt") -> Students:
-    """Read a students' stage folder (seed0/students8/dm) or its parent. UserError if it holds none."""
+    """Read a students' stage folder (seed0/students8/dm) or its parent. UserError if it holds none.
+
+    Of image students only the list of classes is read now; a network is read when a label asks for it."""
     folder = Path(folder)
     folder = folder / "dm" if (folder / "dm").is_dir() else folder
-    saved = common.load_tensors(folder / name)
-    try:
-        facts = data.DATASETS[saved["dataset"]]
-        parts = [torch.tensor(p) for p in saved["partition"]]
-        G = edm.Precond(facts.net(len(parts), saved["size"]), facts.sigma_data)
-        G.load_state_dict(saved["net"])
-        return Students(saved["dataset"], G.requires_grad_(False), Router(parts), saved["seconds"])
-    except (KeyError, TypeError, RuntimeError, IndexError, AttributeError, ValueError):
-        raise common.UserError(f"{folder / name}: not a students' checkpoint of this code") from None
+    own = sorted(folder.glob("student[0-9]*"), key=lambda p: int(p.name.removeprefix("student")))
+    if not own:
+        saved, G = _read_students(folder / name)
+        return Students(saved["facts"], G, Router(saved["parts"]), saved["seconds"])
+    about = [common.load_json(f / "config.json", "students", "student", "classes", "dataset") for f in own]
+    K = about[0]["students"]
+    ready = [f for f in own if (f / name).exists()]
+    if [a["student"] for a in about] != list(range(K)) or len(ready) < K:
+        missing = sorted(set(range(K)) - {int(f.name.removeprefix("student")) for f in ready})
+        raise common.UserError(f"{folder}: student {', '.join(map(str, missing))} of {K} is not trained yet; run that one first "
+                               f"(--student {missing[0] if missing else 0})")
+    seconds = sum(common.load_json(f / "done.json", "seconds")["seconds"] for f in own)
+    return Students(data.facts(about[0]["dataset"], about[0].get("resolution", 0)), Separate(own, name),
+                    Router([torch.tensor(a["classes"]) for a in about]), seconds)
 
 
 @torch.no_grad()
@@ -137,38 +190,40 @@ def generate(run, label: Tensor, seeds) -> Tensor:
     students = run if isinstance(run, Students) else load_students(run)
     if len(seeds) != len(label):
         raise common.UserError(f"generate: {len(label)} labels but {len(seeds)} seeds; give one seed per sample")
-    z = latents(seeds, data.DATASETS[students.dataset].shape).to(label.device)
+    z = latents(seeds, students.facts.shape).to(label.device)
     return route(students.G, students.router, z, label)
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
 
 @torch.no_grad()
-def evaluate(flags: Flags, inputs: dmd.Inputs) -> dict:
+def evaluate(flags: Flags, inputs: dmd.Inputs, device) -> dict:
     """Sample every student set of the run, measure it against the teacher and the data, and return results.json."""
-    facts, N, seeds = data.DATASETS[flags.dataset], flags.eval_samples, edm.seeds(flags)
+    facts, N, seeds, judge = data.facts(flags.dataset, flags.resolution), flags.eval_samples, edm.seeds(flags), inputs.judge
     label = data.stratified(N, facts.classes)
+    chunk = min(16_384, facts.chunk) if not facts.stacked else 16_384
     rows: dict[str, list] = {str(K): [] for K in flags.students}
     teacher, floor, floor_data = [], [], []
     for seed in seeds:
-        select, report = inputs.references[seed]["select"], inputs.references[seed]["report"]
-        real = [facts.statistics(facts.sample(label, common.generator(seed, name)), label) for name in ("real 1", "real 2")]
-        floor.append(facts.distance(select, report))
-        floor_data.append(facts.distance(*real))
-        stored = common.load_tensors(Path(flags.out) / f"seed{seed}" / "reference" / "samples.pt")["report"]
-        teacher.append({"floor": floor[-1], f"{facts.metric}_data": facts.distance(report, real[0]),
-                        **facts.check(stored["y"][0], stored["label"][0])})
+        report, real = inputs.references[seed]["report"], inputs.references[seed]["real"]
+        floor.append(inputs.references[seed]["floor"])
+        floor_data.append(inputs.references[seed]["floor_data"])
+        y = common.load_shards(Path(flags.out) / f"seed{seed}" / "reference", "report")
+        teacher.append({"floor": floor[-1], f"{facts.metric}_data": judge.distance(report, real), **judge.check(y, label)})
         for K in flags.students:
             folder = dmd.stage_folder(flags, seed, K)
             students = load_students(folder)
+            students.G.to(device)
             z = torch.randn(N, *facts.shape, generator=common.generator(seed, "report z"))
-            x = torch.cat([route(students.G, students.router, a, b) for a, b in zip(z.split(16_384), label.split(16_384))])
+            x = torch.cat([route(students.G, students.router, a.to(device), b.to(device)).cpu()
+                           for a, b in zip(z.split(chunk), label.split(chunk))])
+            x = x if facts.stacked else data.to_uint8(x)
             common.save_tensors(folder / "samples.pt", {"x": x, "label": label, "student": students.router(label)})
-            mine = facts.statistics(x, label)
-            per_class = [facts.distance(mine, report, [c]) for c in range(facts.classes)]
+            mine = judge.statistics(x, label)
+            per_class = [judge.distance(mine, report, [c]) for c in range(facts.classes)] if facts.classes <= 100 else []
             rows[str(K)].append({
-                facts.metric: facts.distance(mine, report), f"{facts.metric}_data": facts.distance(mine, real[0]),
-                "per_class": per_class, "per_class_mean": sum(per_class) / len(per_class), **facts.check(x, label),
+                facts.metric: judge.distance(mine, report), f"{facts.metric}_data": judge.distance(mine, real),
+                "per_class": per_class, "per_class_mean": sum(per_class) / max(1, len(per_class)), **judge.check(x, label),
                 "seconds": students.seconds})
 
     def mean(values):
@@ -180,28 +235,30 @@ def evaluate(flags: Flags, inputs: dmd.Inputs) -> dict:
         return {**out, f"{facts.metric}_sd": sd, "per_seed": per_seed}
 
     return {"dataset": flags.dataset, "seeds": seeds, "samples": N, "config": dmd.config(flags, seeds[0]),
-            "metric": facts.metric, "floor": mean(floor), "floor_data": mean(floor_data),
+            "metric": facts.metric, "title": judge.title, "floor": mean(floor), "floor_data": mean(floor_data),
             "teacher": {**{k: mean([t[k] for t in teacher]) for k in teacher[0]}, "per_seed": teacher,
                         "evaluations": 2 * flags.sampler_steps - 1},
             "students": {K: summary(r) for K, r in rows.items()}}
 
 
+COLUMNS = {"within": ("within", "4 std", ".4f"), "modes": ("modes", "of 64", ".1f"), "mode_min": ("emptiest", "mode", ".2f"),
+           "mode_max": ("fullest", "mode", ".2f"), "right class": ("right", "class", ".4f")}
+
+
 def table(results: dict) -> str:
     """results.json as the table that a run ends with."""
-    m = results["metric"]
-    lines = [f"{'':>12} {m + ' to':>9} {'':>7} {m + ' to':>9} {'within':>7} {'modes':>6} {'emptiest':>9} {'fullest':>8} {'train':>7}",
-             f"{'':>12} {'teacher':>9} {'± sd':>7} {'data':>9} {'4 std':>7} {'of 64':>6} {'mode':>9} {'mode':>8} {'s':>7}"]
-
-    def line(name, first, sd, r, seconds):
-        return (f"{name:>12} {first:>9} {sd:>7} {r[m + '_data']:>9.4f} {r['within']:>7.4f} {r['modes']:>6.1f} "
-                f"{r['mode_min']:>9.2f} {r['mode_max']:>8.2f} {seconds:>7}")
-    t = results["teacher"]
-    lines.append(line("teacher", f"{results['floor']:.4f}*", "", t, ""))
+    m, name, t = results["metric"], results["title"], results["teacher"]
+    shown = {k: c for k, c in COLUMNS.items() if k in t}
+    head = [("", ""), (m + " to", "teacher"), ("", "± sd"), (m + " to", "data"), *[c[:2] for c in shown.values()], ("train", "s")]
+    rows = [["teacher", f"{results['floor']:.4f}*", "", f"{t[m + '_data']:.4f}", *[f"{t[k]:{c[2]}}" for k, c in shown.items()], ""]]
     for K, r in sorted(results["students"].items(), key=lambda item: int(item[0])):
         sd = "" if r[m + "_sd"] is None else f"{r[m + '_sd']:.4f}"
-        lines.append(line(f"{K} student" + "s" * (K != "1"), f"{r[m]:.4f}", sd, r, f"{r['seconds']:.0f}"))
-    lines.append(f"* the floor: two draws of the teacher. Two draws of the data: {results['floor_data']:.4f}. "
-                 f"Seeds: {len(results['seeds'])}. Train s: of the whole stack.")
+        rows.append([f"{K} student" + "s" * (K != "1"), f"{r[m]:.4f}", sd, f"{r[m + '_data']:.4f}",
+                     *[f"{r[k]:{c[2]}}" for k, c in shown.items()], f"{r['seconds']:.0f}"])
+    rows = [list(line) for line in zip(*head)] + rows
+    lines = [f"{line[0]:>12} " + " ".join(f"{cell:>9}" for cell in line[1:]) for line in rows]
+    lines.append((f"{m}: {name}. " if name != m else "") + f"* the floor: two draws of the teacher. Two draws of the data (images: training against test "
+                 f"images): {results['floor_data']:.4f}. Seeds: {len(results['seeds'])}. Train s: of all students together.")
     return "\n".join(lines)
 
 
@@ -217,7 +274,7 @@ def comparison(name: str, a: dict, b: dict, metric: str) -> str:
 # --------------------------------------------------------------------------------------------------------- the command
 
 def rank_map(students: int, world: int) -> list[str]:
-    """Which rank trains which student: each student its own ranks if there are enough, else students in turn."""
+    """Which rank trains which image student: each student its own ranks if there are enough, else students in turn."""
     if world >= students:
         groups = torch.arange(world).tensor_split(students)
         return [f"student {k}: ranks {g[0]}-{g[-1]}" if len(g) > 1 else f"student {k}: rank {g[0]}" for k, g in enumerate(groups)]
@@ -225,11 +282,11 @@ def rank_map(students: int, world: int) -> list[str]:
 
 
 def estimate(flags: Flags, device) -> float:
-    """Seconds the whole run will take from nothing, from a timed forward pass: within a factor of two."""
-    facts = data.DATASETS[flags.dataset]
+    """Seconds the whole run will take from nothing on this machine alone, from timed forward passes: within a factor of two."""
+    facts = data.facts(flags.dataset, flags.resolution)
 
     def forward(members: int, batch: int) -> float:
-        net = edm.Precond(facts.net(members, facts.sizes[0]), facts.sigma_data).to(device).requires_grad_(False)
+        net = edm.ready(facts.net(members, flags.teacher_size), facts.sigma_data, flags, device).requires_grad_(False)
         label = torch.zeros(members, batch, dtype=torch.int64, device=device)
         z = torch.zeros(members, batch, *facts.shape, device=device)
         times = []
@@ -240,13 +297,42 @@ def estimate(flags: Flags, device) -> float:
         return sorted(times)[2]
 
     members = flags.seeds * sum(flags.students)
-    one = forward(members, flags.batch)
+    one = forward(members, flags.batch) if facts.stacked else members * forward(1, flags.batch)
     turn = 4.5 * one                                                # forward, backward, optimizer
     kl = flags.steps - dmd.first_kl_step(flags)
     dm = flags.steps * turn * (flags.reg_weight > 0) + kl * (turn + 2 * flags.draws * one + flags.ttur * (turn + one))
-    solve = (2 * flags.eval_samples + flags.pairs) * (2 * flags.sampler_steps - 1) / 8192 * forward(1, 8192) * flags.seeds
-    train = flags.teacher_steps * 4.5 * forward(flags.seeds, flags.teacher_batch) if flags.teacher in ("train", "exact") else 0
-    return dm + (kl > 0) * flags.fake_warmup * turn + solve + train + 5
+    drawn = (2 if facts.stacked else 1) * flags.eval_samples + flags.pairs
+    solve = drawn * (2 * flags.sampler_steps - 1) / facts.chunk * forward(1, facts.chunk) * flags.seeds
+    seeds = flags.seeds if facts.stacked else 1
+    train = flags.teacher_steps * 4.5 * forward(seeds, flags.teacher_batch) * flags.seeds / seeds if flags.teacher in ("train", "exact") else 0
+    judge = 0 if facts.stacked else 120
+    return dm + (kl > 0) * flags.fake_warmup * turn + solve + train + judge + 5
+
+
+def memory(flags: Flags, count: int) -> str:
+    """What a rank keeps beside the activations, for a network of `count` weights: how large a GPU a student needs."""
+    held = {"teacher": 1, "G": 1, "mu_fake": 1, "average of G": 1, "best of them": 1, "gradients": 2, "AdamW": 4}
+    return (f"memory of a student's rank, without activations: {sum(held.values()) * count * 4 / 2 ** 30:.2f} GiB in float32 ("
+            + ", ".join(f"{k} {v * count * 4 / 2 ** 30:.2f}" for k, v in held.items()) + ")")
+
+
+def dry_run(flags: Flags, facts: data.Facts, parts: dict) -> None:
+    """Every value with its source, parameters, memory, and which rank trains what: without data, weights or allocation."""
+    with torch.device("meta" if not facts.stacked else "cpu"):
+        count = sum(p.numel() for p in facts.net(1, flags.teacher_size).parameters())
+    print(common.describe(flags))
+    print(f"parameters: {count:,} a network; " + "; ".join(f"K = {K}: {K * count:,}, of which a sample uses {count:,}" for K in parts))
+    print(memory(flags, count))
+    if flags.reg_weight > 0:
+        size = flags.pairs * math.prod(facts.shape) * (4 if facts.stacked else 2)
+        print(f"pairs: {flags.pairs:,} times {(2 * flags.sampler_steps - 1)} evaluations of the teacher, {size / 2 ** 20:,.0f} MiB on disk, "
+              f"shared by all students")
+    worlds = sorted({1, int(os.environ.get("WORLD_SIZE", 1))} | ({2, 4 * max(parts)} if not facts.stacked else set()))
+    for K in parts:
+        for world in worlds:
+            what = "; ".join(rank_map(K, world)) if not facts.stacked else f"one stack of {K} students, its batch shared by all ranks"
+            each = flags.batch // max(1, world // K) if not facts.stacked else flags.batch // world
+            print(f"K = {K}, {world} rank{'s' * (world > 1)} ({each} samples a rank and update): {what}")
 
 
 @common.command
@@ -256,42 +342,77 @@ def main(argv=None):
     Returns 1 if --target-l1 is missed, else 0."""
     flags = common.parse(Flags, PRESETS, argv, __doc__)
     dmd.check_flags(flags)
-    facts = data.DATASETS[flags.dataset]
+    facts = data.facts(flags.dataset, flags.resolution)
     flags.students = sorted(set(flags.students))
     parts = {K: partition(facts.classes, K, flags.partition) for K in flags.students}
-    device = common.device(flags.device, flags.threads)
-    seconds = estimate(flags, device)
-    print(f"msd: {flags.dataset}, K = {', '.join(map(str, flags.students))}, {flags.seeds} seed(s), {flags.steps} updates of batch "
-          f"{flags.batch} per student, on {device} ({torch.get_num_threads()} threads), about "
-          f"{f'{seconds / 60:.1f} min' if seconds > 90 else f'{seconds:.0f} s'} from nothing, into {flags.out}")
-    for K, part in parts.items():
-        print(f"  K = {K}: classes " + " | ".join(" ".join(map(str, p.tolist())) for p in part)
-              + f"   (sizes {', '.join(str(len(p)) for p in part)})")
+    if flags.student >= max(flags.students) or (flags.student >= 0 and facts.stacked):
+        raise common.UserError(f"--student {flags.student}: " + ("the toy's students train as one stack; leave the flag out" if facts.stacked
+                                                                 else f"from 0 to {max(flags.students) - 1}, or leave the flag out for all"))
     if flags.dry_run:
-        net = facts.net(1, facts.sizes[0])
-        count = sum(p.numel() for p in net.parameters())
-        print(common.describe(flags))
-        print(f"parameters: {count:,} a network; " + "; ".join(f"K = {K}: {K * count:,}, of which a sample uses {count:,}" for K in parts))
-        for K in parts:
-            print(f"K = {K}, 1 rank: " + "; ".join(rank_map(K, 1)))
+        print_plan(flags, parts, "")
+        dry_run(flags, facts, parts)
         return 0
-    if flags.against:
-        other = Path(flags.out) / f"results-{flags.against}.json"
-        if not other.exists():
-            raise common.UserError(f"--against {flags.against}: no {other}; run that variant with --tag {flags.against} first")
-        theirs = common.load_json(other, "seeds", "students")
-        if theirs["seeds"] != edm.seeds(flags):
-            raise common.UserError(f"--against {flags.against}: {other} has seeds {theirs['seeds']}, this run {edm.seeds(flags)}")
-    inputs = dmd.get_inputs(flags, device)
+    device = common.device(flags.device, flags.threads)
+    ranks = common.world(device)
+    check_ranks(flags, facts, ranks)
+    if ranks.rank == 0:
+        seconds = estimate(flags, device)
+        print_plan(flags, parts, f", on {device} ({torch.get_num_threads()} threads, {ranks.size} rank{'s' * (ranks.size > 1)}), about "
+                   f"{f'{seconds / 60:.0f} min' if seconds > 90 else f'{seconds:.0f} s'} from nothing on one rank")
+    theirs = read_against(flags) if flags.against else None
+    inputs = dmd.get_inputs(flags, device, ranks)
     members, pair_index = [], []
     for i, seed in enumerate(edm.seeds(flags)):
         for K, part in parts.items():
             for k, classes_k in enumerate(part):
-                kl_classes, index = filter_dm(inputs.pairs["label"][i], classes_k, flags.filter_pairs)
-                members.append(common.Member(seed, K, k, tuple(kl_classes.tolist())))
-                pair_index.append(index)
-    dmd.distil(flags, members, pair_index, inputs, device)
-    results = evaluate(flags, inputs)
+                if flags.student in (-1, k):
+                    kl_classes, index = filter_dm(inputs.pairs["label"][i], classes_k, flags.filter_pairs)
+                    members.append(common.Member(seed, K, k, tuple(kl_classes.tolist())))
+                    pair_index.append(index)
+    dmd.distil(flags, members, pair_index, inputs, device, ranks)
+    if flags.student >= 0:
+        print(f"student {flags.student} is trained; when all are, the same command without --student evaluates them")
+        return 0
+    return report(flags, evaluate(flags, inputs, device), theirs) if ranks.rank == 0 else 0
+
+
+def print_plan(flags: Flags, parts: dict, where: str) -> None:
+    """What is going to happen, and which student gets which classes."""
+    print(f"msd: {flags.dataset}, K = {', '.join(map(str, flags.students))}, {flags.seeds} seed(s), {flags.steps} updates of batch "
+          f"{flags.batch} per student{where}, into {flags.out}", flush=True)
+    for K, part in parts.items():
+        shown = [" ".join(map(str, p.tolist())) if len(p) <= 12 else f"{p[0]}-{p[-1]}" for p in part]
+        shown = shown if len(shown) <= 16 else [*shown[:8], "…", shown[-1]]
+        print(f"  K = {K}: classes " + " | ".join(shown) + f"   (sizes {', '.join(sorted({str(len(p)) for p in part}, reverse=True))})")
+
+
+def check_ranks(flags: Flags, facts: data.Facts, ranks: common.Ranks) -> None:
+    """Do batches and ranks divide? Asked before anything is made. UserError if not."""
+    ranks.parts(flags.teacher_batch, 0 if flags.teacher_batch % max(1, flags.micro_batch) else flags.micro_batch)
+    for K in flags.students:
+        each = ranks.size if facts.stacked else ranks.size // K if ranks.size >= K and ranks.size % K == 0 else 1
+        if not facts.stacked and ranks.size > K and ranks.size % K:
+            raise common.UserError(f"{ranks.size} ranks cannot be shared evenly by {K} students; start {K * (ranks.size // K)} or "
+                                   f"{K * (ranks.size // K + 1)}, or one job per student with --student")
+        share, rest = divmod(flags.batch, each)
+        if rest or (flags.micro_batch and share % min(share, flags.micro_batch)):
+            raise common.UserError(f"--batch {flags.batch} with {each} ranks a student and --micro-batch {flags.micro_batch}: does not "
+                                   f"divide; choose a multiple of {each}{f' x {flags.micro_batch}' if flags.micro_batch else ''}")
+
+
+def read_against(flags: Flags) -> dict:
+    """results.json of --against. UserError if it is not there, or of other seeds."""
+    other = Path(flags.out) / f"results-{flags.against}.json"
+    if not other.exists():
+        raise common.UserError(f"--against {flags.against}: no {other}; run that variant with --tag {flags.against} first")
+    theirs = common.load_json(other, "seeds", "students")
+    if theirs["seeds"] != edm.seeds(flags):
+        raise common.UserError(f"--against {flags.against}: {other} has seeds {theirs['seeds']}, this run {edm.seeds(flags)}")
+    return theirs
+
+
+def report(flags: Flags, results: dict, theirs: dict | None) -> int:
+    """Write results.json, print the table and the verdicts, draw the figures; 1 if --target-l1 is missed, else 0."""
     path = Path(flags.out) / f"results{common.suffix(flags.tag)}.json"
     if path.exists():                                               # keep the other K of the same seeds and flags
         old = common.load_json(path, "students")
@@ -303,18 +424,21 @@ def main(argv=None):
             print(f"\n{path} was of other seeds or flags: moved to {kept}")
     common.save_json(path, results)
     print("\n" + table(results))
-    rows, m = results["students"], facts.metric
-    if len(flags.students) > 1:
-        low, high = str(flags.students[0]), str(flags.students[-1])
-        print("\n" + comparison(f"K = {high} below K = {low}?", rows[high], rows[low], m))
-    if flags.against:
-        for K in (K for K in map(str, flags.students) if K in theirs["students"]):
-            print(comparison(f"K = {K}, {flags.tag or 'this'} below {flags.against}?", rows[K], theirs["students"][K], m))
+    rows, m = results["students"], results["metric"]
+    metrics = [m] if m == "l1" else [f"{m}_data", m]                # images: the data are the reference of the headline
+    for name in metrics:
+        what = "" if name == m else ", to the data"
+        if len(flags.students) > 1:
+            low, high = str(flags.students[0]), str(flags.students[-1])
+            print("\n" + comparison(f"K = {high} below K = {low}{what}?", rows[high], rows[low], name))
+        if theirs:
+            for K in (K for K in map(str, flags.students) if K in theirs["students"]):
+                print(comparison(f"K = {K}{what}, {flags.tag or 'this'} below {flags.against}?", rows[K], theirs["students"][K], name))
     figures = plot.draw(Path(flags.out), flags.tag)
     print(f"\nresults: {path}\nfigures: " + " ".join(map(str, figures)))
-    largest = results["students"][str(flags.students[-1])][facts.metric]
+    largest = results["students"][str(flags.students[-1])][m]
     if flags.target_l1 and largest > flags.target_l1:
-        print(f"l1 of {flags.students[-1]} students is {largest:.4f}, above the target {flags.target_l1}")
+        print(f"{m} of {flags.students[-1]} students is {largest:.4f}, above the target {flags.target_l1}")
         return 1
     return 0
 

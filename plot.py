@@ -1,10 +1,15 @@
 """Every picture, drawn from the files of a run folder alone: `python plot.py runs/toy` draws them again.
 
+of the toy
   figure4.png        teacher, fewest students, most students, their difference                      [MSD Fig. 4]
   l1.png             l1 against K, per seed, with the floor                                         [MSD Fig. 4, Table 5]
   students.png       samples coloured by the student that made them                                 [MSD Fig. 1]
-  training.png       curves that move: l1, |mu_fake - mu_real|, losses by noise level               [MSD Fig. 6]
   teacher.png        the teacher's error by noise level, where the exact denoiser is known
+of images
+  samples.png        a row per class: the teacher, then the students of each K                      [MSD Fig. 9]
+  fd.png             Frechet distance to the data against K, with the teacher's and the floor
+of both
+  training.png       curves that move: distance, |mu_fake - mu_real|, losses by noise level         [MSD Fig. 6]
 
 The one file that imports matplotlib.
 """
@@ -30,13 +35,15 @@ GAP = LinearSegmentedColormap.from_list("gap", ["#ffffff", "#fdae6b", "#d94801",
 
 
 def read_metrics(folder: Path) -> dict:
-    """metrics.csv -> {name: {student: (steps, values)}}."""
+    """metrics.csv -> {name: {student: (steps, values)}}; of image students, the files of all student folders."""
     rows: dict = defaultdict(lambda: defaultdict(lambda: ([], [])))
-    with open(folder / "metrics.csv", newline="") as f:
-        for r in csv.DictReader(f):
-            steps, values = rows[r["name"]][int(r["student"])]
-            steps.append(int(r["step"]))
-            values.append(float(r["value"]))
+    own = sorted(folder.glob("student[0-9]*/metrics.csv"))
+    for path in own or [folder / "metrics.csv"]:
+        with open(path, newline="") as f:
+            for r in csv.DictReader(f):
+                steps, values = rows[r["name"]][path.parent.name if own else int(r["student"])]
+                steps.append(int(r["step"]))
+                values.append(float(r["value"]))
     return rows
 
 
@@ -62,7 +69,7 @@ def _share(x) -> np.ndarray:
 
 def figure4(out: Path, results: dict, home: Path, folders: dict) -> plt.Figure:
     """[MSD Fig. 4]: 200 x 200 histograms of the first seed's samples, and where they differ."""
-    teacher = _share(common.load_tensors(home / "reference" / "samples.pt")["report"]["y"])
+    teacher = _share(common.load_shards(home / "reference", "report"))
     ks = sorted(folders)
     shown = [ks[0], ks[-1]] if len(ks) > 1 else ks
     fig, axes = plt.subplots(1, len(shown) * 2 + 1, figsize=(3.4 * (2 * len(shown) + 1), 3.9))
@@ -120,15 +127,16 @@ def by_student(folders: dict) -> plt.Figure:
     return fig
 
 
-def training(folders: dict) -> plt.Figure:
+def training(folders: dict, metric: str, title: str) -> plt.Figure:
     """Curves of the first seed, means over the students of each K."""
     fig, axes = plt.subplots(1, 4, figsize=(17, 3.8))
     runs = {K: read_metrics(f) for K, f in sorted(folders.items())}
+    runs = {K: m for K, m in runs.items() if m}
     for i, (K, m) in enumerate(runs.items()):
         colour = plt.cm.viridis(i / max(1, len(runs)))
-        for ax, name in zip(axes, ("l1", "gap", "regression")):
+        for ax, name in zip(axes, (metric, "gap", "regression")):
             if name in m:
-                ax.plot(*_over_students(m[name]), color=colour, label=f"K = {K}", marker="o" if name == "l1" else None, ms=3)
+                ax.plot(*_over_students(m[name]), color=colour, label=f"K = {K}", marker="o" if name == metric else None, ms=3)
     K, m = list(runs.items())[-1]
     bands = [n for n in m if n.startswith("fake loss")]
     for i, name in enumerate(bands):
@@ -136,7 +144,7 @@ def training(folders: dict) -> plt.Figure:
     for ax, title, ylabel in zip(axes, (
             "Distance of each student on its own classes", "Gap that drives the KL term",
             "Regression loss", f"Fake denoiser's loss by noise level, K = {K}"),
-            ("$\\ell_1$ to the teacher", "mean $|\\mu_{fake} - \\mu_{real}|$", "RMS distance to $y$", "weighted loss")):
+            (title, "mean $|\\mu_{fake} - \\mu_{real}|$", "RMS distance to $y$", "weighted loss")):
         ax.set(title=title, ylabel=ylabel, xlabel="generator updates")
         if ax.lines:
             ax.legend(fontsize=8)
@@ -170,20 +178,77 @@ def scatter(arrays: dict, names: list[str]) -> plt.Figure:
     return fig
 
 
+def tiles(x, columns: int) -> np.ndarray:
+    """Images x [N, C, H, W], uint8, as one picture [rows H, columns W, 3], row by row."""
+    x = np.asarray(x)
+    x = np.concatenate([x, np.zeros((-len(x) % columns, *x.shape[1:]), np.uint8)])
+    n, c, h, w = x.shape
+    picture = x.reshape(n // columns, columns, c, h, w).transpose(0, 3, 1, 4, 2).reshape(n // columns * h, columns * w, c)
+    return np.repeat(picture, 3, 2) if c == 1 else picture
+
+
+def image_panels(panels: dict, columns: int) -> plt.Figure:
+    """Panels of images side by side: {title: x [N, C, H, W] uint8}, `columns` images wide each."""
+    pictures = {title: tiles(x, columns) for title, x in panels.items()}
+    h, w = next(iter(pictures.values())).shape[:2]
+    each = min(9.0, max(2.6, 16 / len(pictures)))
+    fig, axes = plt.subplots(1, len(pictures), figsize=(each * len(pictures), each * h / w + 0.5), squeeze=False)
+    for ax, (title, picture) in zip(axes[0], pictures.items()):
+        ax.imshow(picture, interpolation="nearest")
+        ax.set(title=title, xticks=[], yticks=[])
+    fig.tight_layout()
+    return fig
+
+
+def image_samples(results: dict, home: Path, folders: dict, columns: int = 8, rows: int = 12) -> plt.Figure:
+    """The first seed's reported samples, a row per class (the first 12): the teacher, then the students of each K."""
+    sets = {f"teacher, {results['teacher']['evaluations']} evaluations": (common.load_shards(home / "reference", "report"), None)}
+    for K, folder in sorted(folders.items()):
+        s = common.load_tensors(folder / "samples.pt")
+        sets[f"{K} student{'s' * (K > 1)}, one evaluation"] = (s["x"], s["label"])
+    label = next(v for _, v in sets.values() if v is not None)
+    pick = torch.cat([(label == c).nonzero()[:columns, 0] for c in label.unique()[:rows]])
+    return image_panels({k: (x[pick] if x.dtype == torch.uint8 else (x[pick].float() * 127.5 + 128).clamp(0, 255).to(torch.uint8))
+                         for k, (x, _) in sets.items()}, columns)
+
+
+def fd_against_k(results: dict) -> plt.Figure:
+    """Frechet distance to the data against K, one dot per seed; dashed: the teacher's own, dotted: test against training images."""
+    fig, ax = plt.subplots(figsize=(5.2, 3.8))
+    ks = sorted(map(int, results["students"]))
+    rows = [results["students"][str(k)] for k in ks]
+    ax.bar(np.arange(len(ks)), [r["fd_data"] for r in rows], width=0.6, color="#9ecae1")
+    for i, r in enumerate(rows):
+        ax.plot([i] * len(r["per_seed"]), [p["fd_data"] for p in r["per_seed"]], "o", ms=4, color="#08306b")
+        ax.annotate(f"{r['fd_data']:.2f}", (i, r["fd_data"] / 2), ha="center", color="#08306b")
+    t = results["teacher"]
+    ax.axhline(t["fd_data"], ls="--", color="#d94801", label=f"teacher, {t['evaluations']} evaluations: {t['fd_data']:.2f}")
+    ax.axhline(results["floor_data"], ls=":", color="k", label=f"test images: {results['floor_data']:.2f}")
+    ax.set(xticks=range(len(ks)), xticklabels=ks, xlabel="number of students K", ylabel=f"{results['title']} to the training images",
+           ylim=(0, max([t["fd_data"], *[r["fd_data"] for r in rows]]) * 1.4 + 1e-3))
+    ax.legend(fontsize=8, loc="upper right")
+    return fig
+
+
 def draw(out, tag: str = "") -> list[Path]:
     """Draw every figure that the files of run folder `out` allow; returns their paths. UserError if there is no run."""
     out, suffix = Path(out), common.suffix(tag)
     path = out / f"results{suffix}.json"
     if not path.exists():
         raise common.UserError(f"{path}: no such file; run msd.py with --out {out} first")
-    results = common.load_json(path, "seeds", "students", "samples")
+    results = common.load_json(path, "seeds", "students", "samples", "metric")
     home = out / f"seed{results['seeds'][0]}"
     folders = {int(K): home / f"students{K}{suffix}" / "dm" for K in results["students"]}
-    folders = {K: f for K, f in folders.items() if common.finished(f, ("metrics.csv", "samples.pt"))}
+    folders = {K: f for K, f in folders.items() if common.finished(f, ("samples.pt",))
+               and (common.finished(f, ("metrics.csv",)) or list(f.glob("student*/metrics.csv")))}
     if not folders:
         raise common.UserError(f"{home}: the students' folders that {path} names are gone; run msd.py with --out {out} again")
-    figures = {"figure4": figure4(out, results, home, folders), "l1": l1_against_k(results),
-               "students": by_student(folders), "training": training(folders)}
+    if results["metric"] == "l1":
+        figures = {"figure4": figure4(out, results, home, folders), "l1": l1_against_k(results), "students": by_student(folders)}
+    else:
+        figures = {"samples": image_samples(results, home, folders), "fd": fd_against_k(results)}
+    name = "$\\ell_1$ to the teacher" if results["metric"] == "l1" else f"{results['title']} to the data"
+    figures["training"] = training(folders, results["metric"], name)
     if (home / "teacher" / "error.json").exists():
         figures["teacher"] = teacher_error(home)
     written = []

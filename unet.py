@@ -1,0 +1,177 @@
+"""The ADM U-Net in the form that EDM trains for ImageNet-64: the teacher, the generators and the fake denoisers of images.
+
+F(x, c_noise, label) for images x [..., C, H, W]: an encoder and a decoder of residual blocks with skip connections between
+them, self-attention at the low resolutions, noise level and class entering every block as a scale and a shift.
+
+  architecture                         [Dhariwal and Nichol 2021, App. A], [EDM App. F.2, Table 7]     UNet, Block
+  sizes B, S, XS, XXS                  [MSD Table 7]                                                   SIZES
+  bottleneck: where the head of the adversarial stage looks                                            features=True
+
+Not here: the preconditioning around it (edm.py), the toy's network (toy_mog.py), NVIDIA's weights for it (snapshot.py).
+
+Departures: the class embedding is a table of rows (nn.Embedding), not a matrix times a one-hot vector; queries, keys and
+values lie in three blocks, not interleaved; attention is PyTorch's fused one. snapshot.py translates. Dropout is 0: a
+teacher that is distilled does not use it.
+
+Precision: master weights stay float32. On a GPU everything between the first and the last convolution runs in bfloat16
+(float16 diverges); `precision` says otherwise. Embeddings of noise level and class are computed in float32.
+"""
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Size(NamedTuple):
+    """Channels at level i are width * mult[i]; the resolution halves from level to level."""
+    width: int
+    mult: tuple[int, ...]
+    blocks: int                                                     # residual blocks a level
+    attention: tuple[int, ...] = (32, 16, 8)                        # resolutions with self-attention
+
+
+SIZES = {                                                           # [MSD Table 7]: 296, 173, 86 and 26 million parameters
+    "B": Size(192, (1, 2, 3, 4), 3),
+    "S": Size(160, (1, 2, 2, 4), 3),
+    "XS": Size(128, (1, 2, 2, 4), 2),
+    "XXS": Size(96, (1, 2, 2, 2), 2),
+}
+LAPTOP = {                                                          # for 16 and 32 grey pixels on a CPU: ours
+    "B": Size(16, (1, 2, 4), 1, (8, 4)),
+    "S": Size(16, (1, 2, 2), 1, (8, 4)),
+    "XS": Size(16, (1, 1, 2), 1, (8, 4)),
+    "XXS": Size(16, (1, 1, 1), 1, (8, 4)),
+}
+CIFAR = {                                                           # for 32 colour pixels: ours, in the same style
+    "B": Size(128, (1, 2, 2), 3, (16, 8)),
+    "S": Size(96, (1, 2, 2), 3, (16, 8)),
+    "XS": Size(64, (1, 2, 2), 2, (16, 8)),
+    "XXS": Size(32, (1, 2, 2), 2, (16, 8)),
+}
+
+
+class Conv(nn.Conv2d):
+    """A convolution that keeps the size of the image and runs in the dtype of its input."""
+
+    def __init__(self, inside: int, outside: int, kernel: int):
+        super().__init__(inside, outside, kernel, padding=kernel // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=self.padding)
+
+
+class Norm(nn.GroupNorm):
+    """Group normalisation, 32 groups or fewer so that each has at least 4 channels; in the dtype of its input."""
+
+    def __init__(self, channels: int):
+        super().__init__(min(32, channels // 4), channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def zeroed(layer: nn.Module) -> nn.Module:
+    """The layer with weights and bias 0: a residual branch that is silent at the start."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
+
+
+class Block(nn.Module):
+    """x + conv(norm * (1 + scale) + shift): a residual block [Dhariwal and Nichol 2021], then self-attention if heads > 0.
+
+    scale and shift come from the embedding of noise level and class. resample: "up", "down" or None, before the block."""
+
+    def __init__(self, inside: int, outside: int, embed: int, attention: bool = False, resample: str | None = None):
+        super().__init__()
+        self.resample = resample
+        self.heads = outside // 64 if attention else 0
+        self.norm0, self.conv0 = Norm(inside), Conv(inside, outside, 3)
+        self.affine = nn.Linear(embed, 2 * outside)
+        self.norm1, self.conv1 = Norm(outside), zeroed(Conv(outside, outside, 3))
+        self.skip = Conv(inside, outside, 1) if inside != outside else None
+        if self.heads:
+            self.norm2, self.qkv, self.proj = Norm(outside), Conv(outside, 3 * outside, 1), zeroed(Conv(outside, outside, 1))
+
+    def forward(self, x: Tensor, embed: Tensor) -> Tensor:
+        h = self.resampled(F.silu(self.norm0(x)))
+        x = self.resampled(x)
+        scale, shift = self.affine(embed).to(x.dtype)[..., None, None].chunk(2, 1)              # [B, outside, 1, 1]
+        h = torch.addcmul(shift, self.norm1(self.conv0(h)), 1 + scale)
+        x = self.conv1(F.silu(h)) + (self.skip(x) if self.skip is not None else x)
+        return x + self.proj(self.attend(self.norm2(x))) if self.heads else x
+
+    def resampled(self, x: Tensor) -> Tensor:
+        if self.resample == "down":
+            return F.avg_pool2d(x, 2)
+        return F.interpolate(x, scale_factor=2, mode="nearest") if self.resample == "up" else x
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Self-attention over the pixels, heads of outside / heads channels."""
+        q, k, v = self.qkv(x).flatten(2).unflatten(1, (3, self.heads, -1)).transpose(3, 4).unbind(1)  # [B, heads, HW, ch]
+        return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(x.shape)
+
+
+class UNet(nn.Module):
+    """F(x, c_noise, label) -> [..., C, H, W], for x [..., C, H, W], c_noise [...] and label [...] (int64; None: no class).
+
+    resolution: H = W; size: a name in `sizes`, or a Size. `features=True` also returns the encoder's last output
+    [..., channels, h, w], before the decoder: the bottleneck. precision: dtype inside; None = bfloat16 on a GPU, else x's.
+    ValueError if the resolution does not halve often enough."""
+
+    def __init__(self, resolution: int, channels: int, classes: int, size: str | Size = "B", sizes: dict = SIZES):
+        super().__init__()
+        size = sizes[size] if isinstance(size, str) else size
+        if resolution % 2 ** (len(size.mult) - 1):
+            raise ValueError(f"resolution {resolution} does not halve {len(size.mult) - 1} times")
+        self.resolution, self.channels, self.classes, self.size = resolution, channels, classes, size
+        self.precision: torch.dtype | None = None
+        width, embed = size.width, 4 * size.width
+        frequency = 10_000 ** (-torch.arange(width // 2, dtype=torch.float32) / (width // 2))
+        self.register_buffer("frequency", frequency, persistent=False)
+        self.map_layer0, self.map_layer1 = nn.Linear(width, embed), nn.Linear(embed, embed)
+        self.map_label = nn.Embedding(classes, embed)
+
+        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()       # named as in NVIDIA's files: resolution and place
+        here, skips = width * size.mult[0], []
+        for level, mult in enumerate(size.mult):
+            r = resolution >> level
+            if level == 0:
+                self.enc[f"{r}x{r}_conv"] = Conv(channels, here, 3)
+            else:
+                self.enc[f"{r}x{r}_down"] = Block(here, here, embed, resample="down")
+            skips.append(here)
+            for i in range(size.blocks):
+                self.enc[f"{r}x{r}_block{i}"] = Block(here, width * mult, embed, r in size.attention)
+                here = width * mult
+                skips.append(here)
+        self.bottleneck = here
+        for level, mult in reversed(list(enumerate(size.mult))):
+            r = resolution >> level
+            if level == len(size.mult) - 1:
+                self.dec[f"{r}x{r}_in0"] = Block(here, here, embed, attention=True)
+                self.dec[f"{r}x{r}_in1"] = Block(here, here, embed)
+            else:
+                self.dec[f"{r}x{r}_up"] = Block(here, here, embed, resample="up")
+            for i in range(size.blocks + 1):
+                self.dec[f"{r}x{r}_block{i}"] = Block(here + skips.pop(), width * mult, embed, r in size.attention)
+                here = width * mult
+        self.out_norm, self.out_conv = Norm(here), zeroed(Conv(here, channels, 3))
+
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None, features: bool = False):
+        lead = x.shape[:-3]
+        turn = c_noise.reshape(-1, 1).to(self.frequency.dtype) * self.frequency
+        embed = self.map_layer1(F.silu(self.map_layer0(torch.cat([turn.cos(), turn.sin()], 1))))
+        embed = F.silu(embed if label is None else embed + self.map_label(label.reshape(-1)))   # [B, 4 width]
+        dtype = self.precision or (torch.bfloat16 if x.is_cuda else x.dtype)
+        h, skips = x.reshape(-1, *x.shape[-3:]).to(dtype), []
+        for block in self.enc.values():
+            h = block(h) if isinstance(block, Conv) else block(h, embed)
+            skips.append(h)
+        bottleneck = h                                                                          # [B, bottleneck, h, w]
+        for name, block in self.dec.items():
+            h = block(torch.cat([h, skips.pop()], 1) if "block" in name else h, embed)
+        out = self.out_conv(F.silu(self.out_norm(h))).reshape(x.shape).to(x.dtype)
+        return (out, bottleneck.reshape(*lead, *bottleneck.shape[1:])) if features else out
