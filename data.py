@@ -505,9 +505,8 @@ def judge(flags, source, device, ranks) -> Judge:
     home = Path(flags.out) / "data"
     if flags.features:
         net = fid.Inception(flags.features, device)
-        tag = "inception"
     else:
-        path, tag = home / f"classifier-{known.shape[-1]}px.pt", f"classifier-{known.shape[-1]}px"
+        path = home / f"classifier-{known.shape[-1]}px.pt"
         if ranks.rank == 0 and not path.exists():
             print(f"{path}: training a classifier for {known.name}, the judge of images …", flush=True)
             fid.save_classifier(path, fid.train_classifier(source().x, source().label, known.classes, device=device, quiet=flags.quiet))
@@ -529,7 +528,7 @@ def judge(flags, source, device, ranks) -> Judge:
 
     @functools.lru_cache
     def real() -> dict:
-        kept = home / f"features-{tag}.pt"
+        kept = home / f"features-{common.fingerprint(getattr(net, 'net', net))}.pt"             # of these very weights
         if ranks.rank == 0 and not kept.exists():
             print(f"{kept}: features of the data …", flush=True)
             sets = [(net.features(x), label) for x, label in source().truth(0, 0)]

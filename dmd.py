@@ -513,7 +513,8 @@ def train_group(flags: Flags, group: list[Path], of_folder: dict, members: list,
     size = inputs.teachers[0].size
     net = edm.ready(facts.net(len(stack), size), inputs.teachers[0].sigma_data, flags, device)
     net.load_state_dict(common.stack_of([inputs.teachers[r] for r in row]))
-    teacher = facts.exact if flags.teacher == "exact" else copy.deepcopy(net).requires_grad_(False)
+    teacher = (facts.exact if flags.teacher == "exact" else inputs.teachers[row[0]] if len(row) == 1
+               else copy.deepcopy(net).requires_grad_(False))
     edm.compiled(flags, teacher)
     name = "dm" if facts.stacked else f"dm, student {stack[0].student} of {stack[0].students}"
     run = common.Stage(name, slices, flags.steps, flags.save_every, flags.quiet, ranks)

@@ -1,10 +1,14 @@
 """Sample the teacher or the routed students of a run folder.
 
 Seed s gives the same latent bit for bit, and the same sample to 1e-5, whatever else is in the batch (with --S_churn 0);
-teacher and students start from the same latents, so their samples can be compared point by point.
+teacher and students start from the same latents, so their samples can be compared one by one. Labels are routed: of K
+image students only those that the classes need are read, and each runs once per batch.
 
 Run      python sample.py --run runs/toy --students 8 --classes 0 3 --seeds 0-63
          writes samples.npz (teacher and students: x [N, 2]; label [N]; seed [N]) and samples.png
+Images   python sample.py --run runs/fashion-mnist --students 5 --seeds 0-99 --folders
+         writes samples-teacher.npz and samples-students.npz in the layout of the ADM evaluator (arr_0 uint8 [N, H, W, C],
+         arr_1 labels; fid.py reads it too), a grid samples.png, and with --folders samples-students/000000.png … by seed
 """
 import dataclasses
 import time
@@ -12,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 import common
 import data
@@ -31,10 +36,11 @@ class Flags:
     of: str = flag("both", "whom to sample", choices=("both", "teacher", "students"))
     classes: list[int] = flag([], "classes, used in turn; none = all")
     seeds: str = flag("0-999", "seeds, one sample each: 0-63 or 3,14,15")
-    steps: int = flag(40, "steps of the teacher's Heun sampler", low=2)
+    steps: int = flag(0, "steps of the teacher's Heun sampler; 0 = as in the run", low=0)
     S_churn: float = flag(0.0, "stochasticity of the teacher's sampler [EDM Alg. 2]; 0 = deterministic", low=0)
     out: str = flag("samples", "writes OUT.npz and OUT.png")
-    timing: int = flag(16_384, "samples of the speed measurement; 0 = none", low=0)
+    folders: bool = flag(False, "images: also a folder of PNG files, one per seed")
+    timing: int = flag(-1, "samples of the speed measurement; 0 = none, -1 = two batches", low=-1)
     device: str = flag("auto", "auto, cpu, cuda or mps")
     threads: int = flag(0, "CPU threads; 0 = as many as there are cores, at most 8", low=0)
 
@@ -63,11 +69,11 @@ def run_folder(path: str) -> Path:
 
 
 @torch.no_grad()
-def sample_teacher(D, z: torch.Tensor, label: torch.Tensor, steps: int, S_churn: float, seeds: list[int]) -> torch.Tensor:
+def sample_teacher(D, z: torch.Tensor, label: torch.Tensor, steps: int, S_churn: float, seeds: list[int], chunk: int = 8192):
     """Multi-step samples [N, *shape] from latents z [N, *shape]. Churn's noise is keyed by all seeds together."""
     g = common.generator("churn", tuple(seeds), device=z.device) if S_churn else None
     return torch.cat([edm.heun(D, a[None], b[None], steps, S_churn=S_churn, generator=g)[0]
-                      for a, b in zip(z.split(8192), label.split(8192))])
+                      for a, b in zip(z.split(chunk), label.split(chunk))])
 
 
 def per_second(function, number: int) -> float:
@@ -88,51 +94,85 @@ def main(argv=None):
     home, seeds = run_folder(flags.run), parse_seeds(flags.seeds)
     if not Path(flags.out).name:
         raise common.UserError(f"--out {flags.out}: give a file name without ending, such as samples")
+    if flags.steps == 1:
+        raise common.UserError("--steps 1: the sampler needs at least 2 steps (0 = as in the run)")
     samplers, evaluations = {}, {}
     folder = home / f"students{flags.students}{common.suffix(flags.tag)}"
-    if flags.of != "students":
-        config = folder / "dm" / "config.json"
-        if config.exists() and common.load_json(config, "teacher")["teacher"] == "exact":
-            D = data.DATASETS[common.load_json(config, "dataset")["dataset"]].exact
-        elif (home / "teacher" / "ema.pt").exists():
-            D = edm.load_teacher(home / "teacher" / "ema.pt").to(device)
-        else:
-            raise common.UserError(f"{home / 'teacher'}: no teacher here (it came from a file?); sample with --of students")
-        samplers["teacher"] = lambda z, label: sample_teacher(D, z, label, flags.steps, flags.S_churn, seeds)
-        evaluations["teacher"] = 2 * flags.steps - 1
+    about = next(iter(sorted(home.glob("reference/config.json")) + sorted(home.glob("teacher/config.json"))), None)
+    about = common.load_json(about, "dataset") if about else {"dataset": "toy"}
+    steps = flags.steps or about.get("sampler_steps", 40)
     if flags.of != "teacher":
         if not folder.is_dir():
             have = ", ".join(sorted(p.name for p in home.glob("students*"))) or "none"
             raise common.UserError(f"--students {flags.students}: {home} has no folder {folder.name} (it has: {have})")
         students = msd.load_students(folder)
         students.G.to(device)
-        samplers["students"] = lambda z, label: msd.route(students.G, students.router, z, label)
+    if flags.of != "students":
+        if about.get("teacher") == "exact":
+            D = data.DATASETS[about["dataset"]].exact
+            facts = data.DATASETS[about["dataset"]]
+        elif (home / "teacher" / "ema.pt").exists():
+            D = edm.load_teacher(home / "teacher" / "ema.pt").to(device)
+            facts = D.facts
+        else:
+            raise common.UserError(f"{home / 'teacher'}: no teacher here (it came from a file?); sample with --of students")
+        samplers["teacher"] = lambda z, label: sample_teacher(D, z, label, steps, flags.S_churn, seeds, facts.chunk)
+        evaluations["teacher"] = 2 * steps - 1
+    if flags.of != "teacher":
+        facts, chunk = students.facts, students.facts.chunk
+        samplers["students"] = lambda z, label: torch.cat([msd.route(students.G, students.router, a, b)
+                                                           for a, b in zip(z.split(2 * chunk), label.split(2 * chunk))])
         evaluations["students"] = 1
-    facts = data.DATASETS[students.dataset if "students" in samplers else "toy"]
     classes = torch.tensor(flags.classes or range(facts.classes))
     if not ((classes >= 0) & (classes < facts.classes)).all():
         raise common.UserError(f"--classes {' '.join(map(str, flags.classes))}: this run has classes 0 to {facts.classes - 1}")
     label = classes[torch.arange(len(seeds)) % len(classes)].to(device)
     z = msd.latents(seeds, facts.shape).to(device)
-    arrays = {"label": label.cpu().numpy(), "seed": np.array(seeds)}
-    speed = {}
+    timing = 2 * facts.chunk if flags.timing < 0 else flags.timing
+    made, speed = {}, {}
     with torch.no_grad():
         for name, sampler in samplers.items():
-            arrays[name] = sampler(z, label).cpu().numpy()
-            if flags.timing:
-                many = data.stratified(flags.timing, facts.classes, device)
-                zz = torch.randn(flags.timing, *facts.shape, generator=common.generator("timing")).to(device)
-                speed[name] = per_second(lambda: sampler(zz, many), flags.timing)
+            made[name] = sampler(z, label).cpu()
+            if timing:
+                many = classes[torch.arange(timing) % len(classes)].to(device)
+                zz = torch.randn(timing, *facts.shape, generator=common.generator("timing")).to(device)
+                speed[name] = per_second(lambda: sampler(zz, many), timing)
     for name in samplers:
         print(f"{name:>8}: {len(seeds)} samples, {evaluations[name]} function evaluation{'s' * (evaluations[name] > 1)} per sample"
               + (f", {speed[name]:,.0f} samples per second" if speed else ""))
     if len(speed) == 2:
         print(f"   ratio: {speed['students'] / speed['teacher']:.1f} times the samples per second, "
               f"{evaluations['teacher']} times fewer evaluations")
-    out = Path(flags.out)
-    common.write_atomic(out.with_name(out.name + ".npz"), lambda t: _save_npz(t, arrays))
-    common.write_atomic(out.with_name(out.name + ".png"), lambda t: plot.scatter(arrays, list(samplers)).savefig(t, format="png"))
-    print(f"written: {out.with_name(out.name + '.npz')} {out.with_name(out.name + '.png')}")
+    write = write_points if facts.stacked else write_images
+    print("written: " + " ".join(map(str, write(Path(flags.out), made, label.cpu().numpy(), np.array(seeds), flags.folders))))
+
+
+def write_points(out: Path, made: dict, label: np.ndarray, seeds: np.ndarray, folders: bool) -> list[Path]:
+    """The toy's samples: one npz (teacher, students: x [N, 2]; label; seed) and a picture."""
+    arrays = {"label": label, "seed": seeds, **{k: x.numpy() for k, x in made.items()}}
+    paths = [out.with_name(out.name + end) for end in (".npz", ".png")]
+    common.write_atomic(paths[0], lambda t: _save_npz(t, arrays))
+    common.write_atomic(paths[1], lambda t: plot.scatter(arrays, list(made)).savefig(t, format="png"))
+    return paths
+
+
+def write_images(out: Path, made: dict, label: np.ndarray, seeds: np.ndarray, folders: bool) -> list[Path]:
+    """Images: an npz each in the ADM evaluator's layout (arr_0 uint8 [N, H, W, C], arr_1 labels), a grid, folders by seed."""
+    paths, pixels = [], {name: data.to_uint8(x) for name, x in made.items()}
+    for name, x in pixels.items():
+        paths.append(out.with_name(f"{out.name}-{name}.npz"))
+        rows = x.permute(0, 2, 3, 1).numpy()                                                    # [N, H, W, C]
+        common.write_atomic(paths[-1], lambda t: _save_npz(t, {"arr_0": rows, "arr_1": label, "seed": seeds}))
+        if folders:
+            paths.append(out.with_name(f"{out.name}-{name}"))
+            for row, seed in zip(rows, seeds):
+                image = Image.fromarray(row[..., 0] if row.shape[-1] == 1 else row)
+                common.write_atomic(paths[-1] / f"{seed:06d}.png", lambda t: image.save(t, format="png"))
+    columns = max(1, min(20, round(len(seeds) ** 0.5)))
+    paths.append(out.with_name(out.name + ".png"))
+    fig = plot.image_panels({name: x[:columns * columns] for name, x in pixels.items()}, columns)
+    common.write_atomic(paths[-1], lambda t: fig.savefig(t, format="png"))
+    return paths
 
 
 def _save_npz(path: Path, arrays: dict) -> None:

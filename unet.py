@@ -162,7 +162,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None, features: bool = False):
         lead = x.shape[:-3]
-        turn = c_noise.reshape(-1, 1).to(self.frequency.dtype) * self.frequency
+        turn = (c_noise.reshape(-1, 1) * self.frequency).to(self.map_layer0.weight.dtype)
         embed = self.map_layer1(F.silu(self.map_layer0(torch.cat([turn.cos(), turn.sin()], 1))))
         embed = F.silu(embed if label is None else embed + self.map_label(label.reshape(-1)))   # [B, 4 width]
         dtype = self.precision or (torch.bfloat16 if x.is_cuda else x.dtype)

@@ -1,7 +1,10 @@
 """Paths, the --run-slow switch, and one tiny trained run shared by the tests that only read it."""
+import gzip
+import struct
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,4 +42,33 @@ def run(tmp_path_factory):
     import msd
     out = tmp_path_factory.mktemp("shared") / "run"
     assert msd.main(["--preset", "smoke", "--students", "1", "3", "--seeds", "2", "--out", str(out), "--quiet"]) == 0
+    return out
+
+
+def write_idx(path: Path, values: np.ndarray, zipped: bool = False) -> None:
+    """An IDX file of uint8 values, as Fashion-MNIST comes."""
+    raw = bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}i", *values.shape) + values.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(raw) if zipped else raw)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder in Fashion-MNIST's form: 200 training and 100 test images of ten bars."""
+    folder, r = tmp_path_factory.mktemp("tiny"), np.random.default_rng(0)
+    for stem, n in (("train", 200), ("t10k", 100)):
+        label = np.arange(n) % 10
+        x = r.integers(0, 60, (n, 28, 28))
+        for i, c in enumerate(label):
+            x[i, 2 * c:2 * c + 6, 4:24] += 150
+        write_idx(folder / f"{stem}-images-idx3-ubyte{'.gz' if stem == 'train' else ''}", x, stem == "train")
+        write_idx(folder / f"{stem}-labels-idx1-ubyte{'.gz' if stem == 'train' else ''}", label, stem == "train")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def image_run(tmp_path_factory, tiny):
+    """A finished smoke run of msd.py on tiny images with K = 1, 3: the run folder."""
+    import msd
+    out = tmp_path_factory.mktemp("shared") / "images"
+    assert msd.main(["--dataset", "fashion-mnist", "--preset", "smoke", "--data", str(tiny), "--out", str(out), "--quiet"]) == 0
     return out

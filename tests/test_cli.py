@@ -74,7 +74,7 @@ def test_dry_run_prints_every_value_and_source_and_writes_nothing(capsys, tmp_pa
     assert re.search(r"--steps +200000 +preset paper", text) and re.search(r"--teacher-steps +100000 +preset paper", text)
     assert re.search(r"--bins +0 749 +preset paper", text) and re.search(r"--pairs +1000 ", text)
     assert re.search(r"--weight-decay +0.01 +default", text)
-    assert "parameters:" in text and "rank 0: students 0 1 2 3 4 5 6 7" in text
+    assert "parameters:" in text and "one stack of 8 students" in text and "memory of a student's rank" in text
     assert not list(tmp_path.iterdir())
 
 
@@ -292,7 +292,7 @@ def test_readme_has_the_two_commands_and_existing_files():
     assert (ROOT / ".ci" / "run").read_text().count("-m pytest") == 1
 
 
-@pytest.mark.parametrize("name", ["toy_mog", "edm", "dmd", "msd", "sample", "plot", "data", "common"])
+@pytest.mark.parametrize("name", ["toy_mog", "unet", "snapshot", "fid", "edm", "dmd", "msd", "sample", "plot", "data", "common"])
 def test_public_names_have_docstrings(name):
     for node in ast.parse((ROOT / f"{name}.py").read_text()).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):

@@ -163,18 +163,20 @@ def test_results_and_figures(run):
 
 def test_best_is_chosen_on_other_draws(run, tmp_path, monkeypatch):
     """Training sees the `select` draw of the teacher alone; results.json is measured against `report`, another draw."""
-    drawn = common.load_tensors(run / "seed0" / "reference" / "samples.pt")
-    assert not torch.equal(drawn["select"]["z"], drawn["report"]["z"])
-    facts, seen = data.DATASETS["toy"], []
+    drawn = [common.load_shards(run / "seed0" / "reference", name) for name in ("select", "report")]
+    assert not torch.equal(*drawn)
+    seen = []
     original = dmd.train
 
     def spy(*args):
-        seen.append(args[7][0])
+        seen.append(args[8][0])
         return original(*args)
     monkeypatch.setattr(dmd, "train", spy)
     assert msd.main([*SMOKE, "--students", "2", "--out", str(tmp_path)]) == 0
-    drawn = common.load_tensors(tmp_path / "seed0" / "reference" / "samples.pt")
-    counts = {k: facts.statistics(v["y"][0], v["label"][0]) for k, v in drawn.items()}
+    counts = {}
+    for name in ("select", "report"):
+        y = common.load_shards(tmp_path / "seed0" / "reference", name)
+        counts[name] = data.toy_statistics(y, data.stratified(len(y), 8))
     assert torch.equal(seen[0], counts["select"]) and not torch.equal(seen[0], counts["report"])
 
 
@@ -185,9 +187,10 @@ def test_target(run):
 
 def test_exact_teacher(tmp_path):
     assert msd.main([*SMOKE, "--students", "2", "--teacher", "exact", "--out", str(tmp_path)]) == 0
-    drawn = common.load_tensors(tmp_path / "seed0" / "reference" / "samples.pt")["report"]
+    y = common.load_shards(tmp_path / "seed0" / "reference", "report")
     assert json.loads((tmp_path / "seed0" / "students2" / "dm" / "config.json").read_text())["teacher"] == "exact"
-    torch.testing.assert_close(drawn["y"], dmd.make_pairs(toy_mog.denoiser, drawn["z"], drawn["label"], 8))
+    z = torch.randn(1, len(y), 2, generator=common.generator(0, "report"))
+    torch.testing.assert_close(y[None], dmd.make_pairs(toy_mog.denoiser, z, data.stratified(len(y), 8)[None], 8))
     sample.main(["--run", str(tmp_path), "--students", "2", "--steps", "8", "--timing", "0", "--out", str(tmp_path / "s")])
     a = np.load(tmp_path / "s.npz")                                 # the sampled teacher is the exact one too
     z = msd.latents(a["seed"], (2,))

@@ -1,0 +1,67 @@
+"""One rank of tests/test_ranks.py: RANK and WORLD_SIZE in the environment, as torchrun sets them."""
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+torch.set_num_threads(1)
+
+import common
+import data
+import dmd
+import edm
+import msd
+import toy_mog
+import unet
+
+
+def double_dm(out: Path, net_name: str) -> None:
+    """20 DM updates in float64 with regression and KL term, all ranks on one batch of 8; weights to OUT/weights.pt."""
+    torch.set_default_dtype(torch.float64)
+    ranks = common.world(torch.device("cpu"))
+    stacked = net_name == "toy"
+    flags = dmd.Flags(dataset="toy" if stacked else "fashion-mnist", steps=20, batch=8, reg_warmup=8, fake_warmup=3, pairs=24, ttur=2, draws=2,
+                      eval_every=10, select_samples=40, save_every=10, quiet=True, clip_norm=1.0, lr=1e-3, reg_lr=1e-3, fake_lr=1e-3,
+                      micro_batch=int(os.environ.get("MICRO", 0)))
+    torch.manual_seed(0)
+    facts = data.facts(flags.dataset)
+    net = toy_mog.ToyNet(2, 16) if stacked else unet.UNet(16, 1, 10, unet.Size(16, (1, 1), 1, ()))
+    net = edm.Precond(net, 0.5)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.02 * torch.randn(p.shape))
+    members = [common.Member(0, 2, k, tuple(range(4 * k, 4 * k + 4))) for k in range(2)] if stacked else [common.Member(0, 2, 0, (0, 1, 2))]
+    label = data.stratified(flags.pairs, facts.classes)[None]
+    z = torch.randn(1, flags.pairs, *facts.shape, generator=common.generator("z"))
+    pairs = {"z": z, "y": z / 2, "label": label, "row": torch.zeros(len(members), dtype=torch.int64)}
+    class AnyJudge:                                                 # the distance of the selection, without a classifier
+        statistics = staticmethod(lambda x, label: x.mean())
+        distance = staticmethod(lambda a, b, classes: float((a - b).abs()))
+    judge, reference = AnyJudge, torch.zeros(())
+    run = common.Stage("dm", {out: slice(0, len(members))}, flags.steps, flags.save_every, True, ranks)
+    def teacher(x, sigma, label):
+        return x / (1 + edm.like(sigma, x) ** 2)                    # the denoiser of a standard Gaussian
+    ema, best = dmd.train(run, flags, members, teacher, net, pairs, [torch.arange(flags.pairs)] * len(members), judge,
+                          {0: reference}, torch.device("cpu"))
+    if run.main:
+        torch.save({"ema": ema.state_dict(), "best": best.state_dict()}, out / "weights.pt")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "double":
+        double_dm(Path(sys.argv[2]), sys.argv[3])
+    elif sys.argv[1] == "dies":                                     # the second rank is gone after a few steps
+        if os.environ["RANK"] == "1":
+            original, count = common.Ranks.average, []
+            def average(self, net):
+                count.append(1)
+                if len(count) == 3:
+                    os._exit(9)
+                original(self, net)
+            common.Ranks.average = average
+        raise SystemExit(msd.main(sys.argv[2:]))
+    else:
+        raise SystemExit(msd.main(sys.argv[1:]))

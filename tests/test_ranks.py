@@ -1,0 +1,90 @@
+"""Ranks: two ranks see the batch of one; students go to ranks of their own; a rank that dies does not leave the others waiting."""
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+import msd
+
+WORKER = str(Path(__file__).resolve().parent / "rank_worker.py")
+
+
+def launch(size: int, *argv, **env) -> list[tuple[int, str]]:
+    """Start `size` ranks on this machine; (exit code, output) of each."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    base = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", **env}
+    ranks = [subprocess.Popen([sys.executable, WORKER, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                              env={**base, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(size)]
+    out = [(p.communicate(timeout=120)[0], p.returncode) for p in ranks]
+    return [(code, text) for text, code in out]
+
+
+@pytest.mark.parametrize("net", ["toy", "image"])
+def test_two_ranks_are_one_rank_on_the_joined_batch(tmp_path, net):
+    """Float64, 20 updates of regression, KL term and fake denoiser: equal to 1e-10; micro-batches too."""
+    weights = {}
+    for name, size, micro in (("one", 1, 0), ("two", 2, 0), ("micro", 1, 2), ("both", 2, 2)):
+        (tmp_path / name).mkdir()
+        results = launch(size, "double", tmp_path / name, net, MICRO=str(micro))
+        assert all(code == 0 for code, _ in results), results
+        weights[name] = torch.load(tmp_path / name / "weights.pt")["ema"]
+    start = next(iter(weights["one"].values()))
+    for name in ("two", "micro", "both"):
+        for k, v in weights["one"].items():
+            torch.testing.assert_close(weights[name][k], v, rtol=0, atol=1e-10)
+    assert start.dtype == torch.float64
+
+
+def image_argv(tiny, out, *more) -> list[str]:
+    return ["--dataset", "fashion-mnist", "--preset", "smoke", "--data", str(tiny), "--out", str(out), "--quiet", "--threads", "1", *more]
+
+
+def students(out, K):
+    return [common.load_tensors(out / f"seed0/students{K}/dm/student{k}/ema.pt")["net"] for k in range(K)]
+
+
+def test_students_in_turn_on_fewer_ranks_are_the_same_bit_for_bit(tmp_path, tiny):
+    assert msd.main(image_argv(tiny, tmp_path / "one", "--students", "3")) == 0
+    results = launch(2, *image_argv(tiny, tmp_path / "two", "--students", "3", "--teacher", str(tmp_path / "one/seed0/teacher/ema.pt")))
+    assert all(code == 0 for code, _ in results), results
+    for a, b in zip(students(tmp_path / "one", 3), students(tmp_path / "two", 3)):
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    assert (tmp_path / "two/results.json").exists()
+
+
+def test_one_student_at_a_time_is_the_same_bit_for_bit(tmp_path, tiny, capsys):
+    """--student k, for job arrays: then the same command without it evaluates."""
+    assert msd.main(image_argv(tiny, tmp_path / "one", "--students", "2")) == 0
+    for k in (1, 0):
+        assert msd.main(image_argv(tiny, tmp_path / "array", "--students", "2", "--student", str(k))) == 0
+        assert not (tmp_path / "array/results.json").exists()
+        if k == 1:
+            with pytest.raises(common.UserError, match="--student 0"):
+                msd.load_students(tmp_path / "array/seed0/students2")
+    assert msd.main(image_argv(tiny, tmp_path / "array", "--students", "2")) == 0
+    for a, b in zip(students(tmp_path / "one", 2), students(tmp_path / "array", 2)):
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_world_size_that_does_not_divide(tmp_path, tiny):
+    for argv, words in ((["--students", "2"], "start 2 or 4"), (["--students", "1"], "--batch 4 with 3 ranks")):
+        for code, text in launch(3, *image_argv(tiny, tmp_path, "--teacher-batch", "9", *argv)):
+            assert code == 2 and words in text and "Traceback" not in text
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_rank_that_dies_stops_the_others_with_a_message(tmp_path, tiny):
+    (code0, text0), (code1, _) = launch(2, "dies", *image_argv(tiny, tmp_path, "--students", "1"))
+    assert code1 == 9 and code0 == 2 and "another rank stopped" in text0 and "Traceback" not in text0
+
+
+def test_rank_map():
+    assert msd.rank_map(4, 16)[1] == "student 1: ranks 4-7"
+    assert msd.rank_map(4, 3) == ["rank 0: students 0 3", "rank 1: students 1", "rank 2: students 2"]

@@ -1,0 +1,93 @@
+"""The U-Net: the paper's sizes to the last parameter, attention against a plain one, leading dimensions, bottleneck."""
+import math
+
+import pytest
+import torch
+
+import data
+import edm
+import unet
+
+SMALL = unet.Size(16, (1, 4), 1, (8,))                              # 64 channels at 8 x 8: one head of attention
+
+
+def awake(net):
+    """Give the zero-initialised layers weights, so that nothing is silent."""
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape, generator=g) * (0.5 / math.sqrt(max(1, p[0].numel()))) + (0.0 if p.ndim > 1 else 0.1))
+    return net
+
+
+@pytest.mark.parametrize("size, count", [("B", 295_899_267), ("S", 172_813_603), ("XS", 85_943_555), ("XXS", 25_990_659)])
+def test_parameter_counts_of_table_7(size, count):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in unet.UNet(64, 3, 1000, size).parameters()) == count
+
+
+def test_laptop_net_is_small():
+    assert sum(p.numel() for p in data.facts("fashion-mnist").net().parameters()) <= 800_000
+
+
+def test_attention_against_a_plain_one(double):
+    block = awake(unet.Block(64, 128, 32, attention=True))
+    x = torch.randn(3, 128, 4, 4)
+    got = block.attend(x)
+    qkv = block.qkv(x).flatten(2)                                                               # [3, 384, 16]
+    for head in range(2):
+        rows = slice(64 * head, 64 * head + 64)
+        q, k, v = qkv[:, :128][:, rows], qkv[:, 128:256][:, rows], qkv[:, 256:][:, rows]
+        weight = (q.transpose(1, 2) @ k / 8).softmax(-1)                                        # [3, query, key]
+        torch.testing.assert_close(got.flatten(2)[:, rows], (weight @ v.transpose(1, 2)).transpose(1, 2))
+
+
+def test_silent_at_the_start_and_then_not():
+    net = unet.UNet(16, 1, 10, SMALL)
+    x, c, label = torch.randn(2, 1, 16, 16), torch.zeros(2), torch.tensor([0, 3])
+    assert net(x, c, label).abs().max() == 0
+    net = awake(net)
+    out = net(x, c, label)
+    assert not torch.allclose(out, net(x, c, label.flip(0))), "the class must matter"
+    assert not torch.allclose(out, net(x, c + 1, label)), "the noise level must matter"
+    assert not torch.allclose(out, net(x, c, None))
+
+
+def test_leading_dimensions_and_bottleneck():
+    net = awake(unet.UNet(16, 3, 10, SMALL))
+    x, c, label = torch.randn(2, 3, 3, 16, 16), torch.randn(2, 3), torch.randint(10, (2, 3))
+    out, features = net(x, c, label, features=True)
+    assert out.shape == x.shape and features.shape == (2, 3, net.bottleneck, 8, 8) and net.bottleneck == 64
+    torch.testing.assert_close(out[1, 2], net(x[1, 2:3], c[1, 2:3], label[1, 2:3])[0])
+
+
+def test_bottleneck_is_the_encoders_last_output():
+    net = awake(unet.UNet(16, 3, 10, SMALL))
+    seen = []
+    net.enc["8x8_block0"].register_forward_hook(lambda m, i, o: seen.append(o))
+    features = net(torch.randn(2, 3, 16, 16), torch.zeros(2), torch.tensor([0, 1]), features=True)[1]
+    assert torch.equal(seen[0], features)
+
+
+def test_bf16_inside_float32_outside():
+    net = awake(unet.UNet(16, 1, 10, SMALL))
+    x, c, label = torch.randn(4, 1, 16, 16), torch.zeros(4), torch.arange(4)
+    exact = net(x, c, label)
+    net.precision = torch.bfloat16
+    out = net(x, c, label)
+    assert out.dtype == torch.float32 and all(p.dtype == torch.float32 for p in net.parameters())
+    error = (out - exact).norm() / exact.norm()
+    assert 0 < error < 0.05
+    out.square().mean().backward()
+    assert all(p.grad.dtype == torch.float32 for p in net.parameters())
+
+
+def test_preconditioned_image_net_keeps_dtype_and_shape(double):
+    D = edm.Precond(awake(unet.UNet(16, 1, 10, SMALL)), 0.5)
+    x = torch.randn(1, 5, 1, 16, 16)
+    assert D(x, torch.full((1, 5), 2.0), torch.zeros(1, 5, dtype=torch.int64)).dtype == torch.float64
+
+
+def test_resolution_must_halve():
+    with pytest.raises(ValueError):
+        unet.UNet(18, 1, 10, unet.LAPTOP["B"])
