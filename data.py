@@ -309,7 +309,7 @@ def _decode(path: Path, listing, channels: int, target: Path, quiet: bool) -> np
                                           f"{'grey' if channels == 1 else 'colour'} images are expected")
         return x
     shape = one(names[0]).shape
-    temporary = target.with_name(target.name + ".tmp")
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(len(names), *shape))
@@ -350,7 +350,7 @@ def _batches(folder: Path, files: list[Path], target: Path, quiet: bool) -> tupl
             raise _bad(path, f"not a batch of the downsampled ImageNet ({type(error).__name__}: {error})".splitlines()[0]) from None
     if len({p.shape[1:] for p in x}) > 1 or len(label) != sum(map(len, x)):
         raise _bad(folder, "batches of several sizes, or labels that do not match the images")
-    temporary = target.with_name(target.name + ".tmp")
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     target.parent.mkdir(parents=True, exist_ok=True)
     out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(len(label), *x[0].shape[1:]))
     at = 0
@@ -403,6 +403,16 @@ def _fit(x: Tensor, label: Tensor, facts_: Facts, where) -> tuple[Tensor, Tensor
     if side != want:
         x = torch.cat([F.avg_pool2d(part.float(), side // want).round().to(torch.uint8) for part in x.split(8192)])
     return x, label
+
+
+def opened(flags, ranks: common.Ranks) -> Callable:
+    """source(), read when it is first asked for; of several ranks the first one reads before the others, and decodes."""
+    known = functools.lru_cache(lambda: source(flags))
+    if ranks.size > 1 and not facts(flags.dataset).stacked:
+        if ranks.rank == 0:
+            known()
+        ranks.wait()
+    return known
 
 
 def source(flags):

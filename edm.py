@@ -386,7 +386,7 @@ def main(argv=None):
     if ranks.rank == 0:
         print(f"edm: teacher of {flags.dataset}, {flags.teacher_steps} steps of batch {flags.teacher_batch}, on {device}, "
               f"into {flags.out}")
-    get_teachers(flags, lambda: data.source(flags), device, ranks)
+    get_teachers(flags, data.opened(flags, ranks), device, ranks)
     print("\n".join(str(Path(flags.out) / f"seed{seed}" / "teacher") for seed in seeds(flags)))
 
 

@@ -15,9 +15,11 @@ import common
 import data
 import dmd
 import edm
+import fid
 import msd
 import plot
 import sample
+from test_ranks import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = ["--preset", "smoke", "--quiet"]
@@ -249,38 +251,54 @@ def test_equation_index_both_ways():
 
 def readme_commands():
     text = (ROOT / "README.md").read_text() + (ROOT / "EXERCISES.md").read_text()
-    lines = re.findall(r"(?:^    |`)((?:\.venv/bin/)?python [a-z0-9_/]+\.py[^\n#`]*)", text, re.M)
-    lines += re.findall(r"&& (\.venv/bin/python [a-z0-9_/]+\.py[^\n#`]*)", text)
+    start = r"((?:\.venv/bin/)?python [a-z0-9_/]+\.py|torchrun (?:--[a-z-]+ \S+ )+[a-z0-9_/]+\.py)"
+    lines = ["".join(m) for m in re.findall(rf"(?:^    |`){start}([^\n#`]*)", text, re.M)]
+    lines += ["".join(m) for m in re.findall(rf"&& {start}([^\n#`]*)", text)]
     return sorted({" ".join(line.split()) for line in lines})
 
 
 @pytest.mark.parametrize("line", readme_commands())
-def test_commands_that_readme_prints(line, run, tmp_path, monkeypatch):
-    """Each in process, at smoke size, in a folder that already holds a smoke run at runs/toy."""
+def test_commands_that_readme_prints(line, run, image_run, tiny, tmp_path, monkeypatch):
+    """Each in process, at smoke size, in a folder that already holds smoke runs at runs/toy and runs/fashion-mnist.
+
+    Lines of imagenet64 and cifar10 need data that are not here: as --dry-run. torchrun lines: two ranks."""
     shutil.copytree(run, tmp_path / "runs" / "toy")
+    shutil.copytree(image_run, tmp_path / "runs" / "fashion-mnist")
     monkeypatch.chdir(tmp_path)
     words = shlex.split(line.split("&&")[-1])
-    script, argv = Path(words[1]).stem, words[2:]
+    at = next(i for i, w in enumerate(words) if w.endswith(".py"))
+    script, argv, ranks = Path(words[at]).stem, words[at + 1:], words[0] == "torchrun"
     if script == "plot":
-        plot.main(argv)
-    elif script == "sample":
-        argv = [w if w != "8" else "3" for w in argv]
-        sample.main([*argv, "--timing", "64", "--steps", "8"])
-    elif script == "benchmark":
-        subprocess.run([sys.executable, str(ROOT / words[1]), "--quick"], check=True, stdout=subprocess.DEVNULL)
+        return plot.main([w.replace("students5", "students3") for w in argv])
+    if script == "sample":
+        sample.main([*[w if w not in ("8", "5") else "3" for w in argv], "--timing", "64" if "runs/toy" in argv else "0", "--steps", "8"])
+        return
+    if script == "fid":
+        sample.main(["--run", "runs/fashion-mnist", "--students", "3", "--seeds", "0-19", "--timing", "0"])
+        return fid.main([w.replace("students5", "students3") for w in argv])
+    if script == "benchmark":
+        argv = [w for w in argv if not w.startswith("--unet") and "edm" not in w]               # that one needs a checkout
+        subprocess.run([sys.executable, str(ROOT / words[at]), *argv, "--quick"], check=True, stdout=subprocess.DEVNULL)
+        return
+    module = {"msd": msd, "dmd": dmd, "edm": edm}[script]
+    dry = [*argv, *([] if "--dry-run" in argv else ["--dry-run"])]
+    assert not module.main(dry)                                     # the line as printed is a legal one
+    if "imagenet64" in argv or "cifar10" in argv:
+        return
+    argv = [w for w in argv if not w.startswith("--dry-run")]
+    if "--preset" in argv:
+        argv[argv.index("--preset") + 1] = "smoke"
+    for heavy in ("--steps", "--reg-warmup", "--pairs", "--target-l1", "--against", "--resolution", "--batch", "--teacher-steps", "--micro-batch"):
+        if heavy in argv:                                           # belongs to the full run
+            del argv[argv.index(heavy):argv.index(heavy) + 2]
+    if "--seeds" in argv:
+        argv[argv.index("--seeds") + 1] = "2"
+    argv = argv + (["--out", "runs/fresh"] if "--out" not in argv else []) + (["--preset", "smoke"] if "--preset" not in argv else [])
+    argv += ["--quiet"] + (["--data", str(tiny)] if "fashion-mnist" in argv else [])
+    if ranks:
+        assert all(code == 0 for code, _ in launch(2, *argv))
     else:
-        module = {"msd": msd, "dmd": dmd, "edm": edm}[script]
-        assert not module.main([*argv, "--dry-run"])                # the line as printed is a legal one
-        argv = [w for w in argv if not w.startswith("--dry-run")]
-        if "--preset" in argv:
-            argv[argv.index("--preset") + 1] = "smoke"
-        for heavy in ("--steps", "--reg-warmup", "--pairs", "--target-l1", "--against"):       # belong to the full run
-            if heavy in argv:
-                del argv[argv.index(heavy):argv.index(heavy) + 2]
-        if "--seeds" in argv:
-            argv[argv.index("--seeds") + 1] = "2"
-        argv = argv + ([] if "--out" in argv else ["--out", "runs/fresh"])
-        assert not module.main([*argv, *(["--preset", "smoke"] if "--preset" not in argv else []), "--quiet"])
+        assert not module.main(argv)
 
 
 def test_readme_has_the_two_commands_and_existing_files():
