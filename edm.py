@@ -218,7 +218,10 @@ def train(run: common.Stage, flags: Flags, source, members: list[common.Member],
     """Train one teacher per member (per seed) as a stack; returns the averaged weights."""
     facts = data.facts(flags.dataset, flags.resolution)
     draws = common.Draws("teacher", members, device)
-    D = ready(facts.net(len(members), flags.teacher_size), facts.sigma_data, flags, device)
+    with torch.random.fork_rng(devices=[]):                         # PyTorch's own default seed, plus the run's
+        torch.manual_seed(67280421310721 + members[0].seed)
+        net = facts.net(len(members), flags.teacher_size)
+    D = ready(net, facts.sigma_data, flags, device)
     ema = copy.deepcopy(D).requires_grad_(False)
     compiled(flags, D)
     optimizer = torch.optim.AdamW(D.parameters(), betas=(0.9, 0.999), weight_decay=flags.weight_decay, fused=True)

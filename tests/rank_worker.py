@@ -7,8 +7,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-torch.set_num_threads(1)
-
 import common
 import data
 import dmd
@@ -18,14 +16,13 @@ import toy_mog
 import unet
 
 
-def double_dm(out: Path, net_name: str) -> None:
+def double_dm(out: Path, net_name: str, micro: int = 0) -> None:
     """20 DM updates in float64 with regression and KL term, all ranks on one batch of 8; weights to OUT/weights.pt."""
-    torch.set_default_dtype(torch.float64)
     ranks = common.world(torch.device("cpu"))
     stacked = net_name == "toy"
     flags = dmd.Flags(dataset="toy" if stacked else "fashion-mnist", steps=20, batch=8, reg_warmup=8, fake_warmup=3, pairs=24, ttur=2, draws=2,
                       eval_every=10, select_samples=40, save_every=10, quiet=True, clip_norm=1.0, lr=1e-3, reg_lr=1e-3, fake_lr=1e-3,
-                      micro_batch=int(os.environ.get("MICRO", 0)))
+                      micro_batch=micro)
     torch.manual_seed(0)
     facts = data.facts(flags.dataset)
     net = toy_mog.ToyNet(2, 16) if stacked else unet.UNet(16, 1, 10, unet.Size(16, (1, 1), 1, ()))
@@ -51,7 +48,9 @@ def double_dm(out: Path, net_name: str) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     if sys.argv[1] == "double":
+        torch.set_default_dtype(torch.float64)
         double_dm(Path(sys.argv[2]), sys.argv[3])
     elif sys.argv[1] == "dies":                                     # the second rank is gone after a few steps
         if os.environ["RANK"] == "1":
