@@ -59,14 +59,14 @@ class Facts:
     sample: Callable | None = None         # … and the sampler of the data, sample(label, generator) -> x, that goes with it
 
     def net(self, students: int = 1, size: str | None = None):
-        """A network of `students` students; size: one of `sizes`, the teacher's if not given."""
+        """A network of `students` students; size: one of `sizes`, the first if not given (images: or the fields of a unet.Size)."""
         return self.make(self, students, size or self.sizes[0])
 
 
-def _image_net(facts: Facts, students: int, size: str, sizes: dict) -> unet.UNet:
+def _image_net(facts: Facts, students: int, size, sizes: dict) -> unet.UNet:
     if students != 1:
         raise ValueError("image students are not stacked: each has a network of its own")
-    return unet.UNet(facts.shape[1], facts.shape[0], facts.classes, size, sizes)
+    return unet.UNet(facts.shape[1], facts.shape[0], facts.classes, sizes[size] if isinstance(size, str) else unet.Size(*size))
 
 
 def _images(name: str, channels: int, resolution: int, classes: int, sizes: dict, **more) -> Facts:

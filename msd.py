@@ -32,7 +32,6 @@ import data
 import dmd
 import edm
 import plot
-import unet
 from common import flag
 
 
@@ -152,8 +151,7 @@ def _read_students(path: Path) -> tuple[dict, edm.Precond]:
     saved = common.load_tensors(path)
     try:
         facts = data.facts(saved["dataset"], saved.get("resolution", 0))
-        size = saved["size"] if isinstance(saved["size"], str) else unet.Size(*saved["size"])
-        G = edm.Precond(facts.net(len(saved["partition"]), size), facts.sigma_data)
+        G = edm.Precond(facts.net(len(saved["partition"]), saved["size"]), facts.sigma_data)
         G.load_state_dict(saved["net"])
         return {**saved, "facts": facts, "parts": [torch.tensor(p) for p in saved["partition"]]}, G.requires_grad_(False)
     except (KeyError, TypeError, RuntimeError, IndexError, AttributeError, ValueError):

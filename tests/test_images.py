@@ -19,6 +19,7 @@ import fid
 import msd
 import plot
 import sample
+import test_snapshot
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -124,6 +125,24 @@ def test_exact_kde_and_stack_belong_to_the_toy(capsys, tiny, tmp_path):
     assert "--fake net" in refused(capsys, msd.main, argv(tiny, tmp_path, "--fake", "kde"))
     assert "--student 0" in refused(capsys, msd.main, ["--student", "0", "--out", str(tmp_path)])
     assert "--student 3" in refused(capsys, msd.main, argv(tiny, tmp_path, "--student", "3", "--students", "3"))
+
+
+def test_students_of_nvidias_teacher(tmp_path):
+    """From an EDM snapshot to routed samples: G starts as the snapshot's network, with its sigma_data and size."""
+    path = tmp_path / "teacher.pkl"
+    test_snapshot.dump(test_snapshot.snapshot_of(resolution=32, channels=3, classes=10, width=32, mult=(1, 2), attention=(16,)), path)
+    D = edm.load_teacher(path)
+    assert D.facts.name == "cifar10" and not any(p.requires_grad for p in D.parameters())
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        rows = np.random.default_rng(0).integers(0, 255, (20, 3073)).astype(np.uint8)
+        rows[:, 0] = np.arange(20) % 10
+        (tmp_path / f"{name}.bin").write_bytes(rows.tobytes())
+    out = tmp_path / "run"
+    assert msd.main(["--dataset", "cifar10", "--preset", "smoke", "--teacher", str(path), "--data", str(tmp_path), "--out", str(out),
+                     "--distance", "l2", "--quiet", "--lr", "0", "--reg-lr", "0", "--weight-decay", "0", "--ema", "0"]) == 0
+    G = msd.load_students(out / "seed0/students2", "ema.pt").G.student(0)                       # learning rate 0: still the teacher
+    assert all(torch.equal(a, b) for a, b in zip(G.parameters(), D.parameters()))
+    assert msd.generate(out / "seed0/students2", torch.tensor([9, 0]), [1, 2]).shape == (2, 3, 32, 32)
 
 
 # ------------------------------------------------------------------------------------------------------------------ resume
