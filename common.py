@@ -14,6 +14,7 @@ import contextlib
 import csv
 import dataclasses
 import difflib
+import fcntl
 import functools
 import hashlib
 import json
@@ -225,6 +226,9 @@ class Draws:
 
 # -------------------------------------------------------------------------------------------------------------- ranks
 
+PATIENCE = timedelta(days=30)              # ranks that have finished wait for others that train: not a sign of trouble
+
+
 class Ranks:
     """The processes that train one student together: all see the same global batch and take a slice of it each.
 
@@ -249,9 +253,9 @@ class Ranks:
         """This rank's part of 0..number-1: every size-th."""
         return list(range(self.rank, number, self.size))
 
-    def average(self, net: torch.nn.Module) -> None:
+    def add_gradients(self, net: torch.nn.Module) -> None:
         """Add up the gradients of all ranks (each already divided by the global batch)."""
-        if self.size > 1:
+        if self.size > 1:                                           # nothing overlaps with the backward pass: readable first
             with _reached():
                 for work in [dist.all_reduce(p.grad, group=self.group, async_op=True) for p in net.parameters()]:
                     work.wait()
@@ -272,10 +276,19 @@ class Ranks:
         """The ranks' tensors (of equal shape), one after another along the first dimension."""
         if self.size == 1:
             return value
+        value = value.contiguous()
         out = [torch.empty_like(value) for _ in range(self.size)]
         with _reached():
-            dist.all_gather(out, value.contiguous(), group=self.group)
+            dist.all_gather(out, value, group=self.group)
         return torch.cat(out)
+
+    def first(self, function):
+        """What function() returns on the first rank, for all: decisions that are read from files must not differ."""
+        value = [function() if self.rank == 0 else None]
+        if self.size > 1:
+            with _reached():
+                dist.broadcast_object_list(value, src=dist.get_global_rank(self.group, 0), group=self.group, device=self.device)
+        return value[0]
 
     def wait(self) -> None:
         """Until all ranks are here."""
@@ -293,7 +306,7 @@ class Ranks:
                             f"or a multiple of {units}")
         each = self.size // units
         lists = [list(range(u * each, (u + 1) * each)) for u in range(units)]
-        groups = [dist.new_group(m) if each > 1 and len(lists) > 1 else self.group for m in lists]
+        groups = [dist.new_group(m, timeout=PATIENCE) if each > 1 and len(lists) > 1 else self.group for m in lists]
         mine = self.rank // each
         return [mine], Ranks(lists[mine], groups[mine], self.device)
 
@@ -309,13 +322,46 @@ def _reached():
                         f"checkpoints stand") from None
 
 
+def leave(ranks: Ranks) -> None:
+    """The last thing that every rank does, together: torchrun ends all ranks when one of them ends badly."""
+    if ranks.size > 1:
+        ranks.wait()
+        dist.destroy_process_group()
+        time.sleep(0.5)                                             # gloo's threads end badly if the process is gone before them
+
+
+@contextlib.contextmanager
+def alone(folder: Path, ranks: Ranks):
+    """One job at a time makes what all jobs of a run folder share; the lock falls with the process that holds it."""
+    lock = None
+    if ranks.rank == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = open(folder / ".lock", "w")
+        except OSError as error:
+            raise _failed_write(folder, error) from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{folder}: another job is making what both need; waiting for it …", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:                                             # a file system without locks: jobs must be started in turn
+            pass
+    ranks.wait()
+    try:
+        yield
+    finally:
+        if lock:
+            lock.close()
+
+
 def world(device: torch.device) -> Ranks:
     """All ranks that torchrun started (RANK, WORLD_SIZE in the environment); a group of one without it."""
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         return Ranks()
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     return Ranks(list(range(size)), dist.group.WORLD, device)
 
 
@@ -384,7 +430,7 @@ def _failed_write(path: Path, error: Exception) -> UserError:
 
 def write_atomic(path: Path, write) -> None:
     """`write(temporary_path)`, then rename: the file is old or new, never half. Raises UserError if it can't be written."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
@@ -418,10 +464,10 @@ def save_state(folder: Path, state: dict) -> None:
         raise _failed_write(path, error) from None
 
 
-def load_tensors(path: Path):
+def load_tensors(path: Path, mmap: bool = False):
     """Read a checkpoint without running code from it. Raises UserError if it is missing, truncated or foreign."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:                                      # torch raises a dozen types for a damaged file
@@ -501,7 +547,7 @@ def saved_steps(folder: Path) -> dict[int, Path]:
         path = folder / name
         if path.exists():
             try:
-                steps[load_tensors(path)["step"]] = path
+                steps[load_tensors(path, mmap=True)["step"]] = path                             # mapped: not read whole for a number
             except (UserError, KeyError, TypeError):
                 print(f"{path} is damaged: set aside as {name}.damaged, going on from the checkpoint before it", file=sys.stderr)
                 os.replace(path, folder / (name + ".damaged"))

@@ -20,6 +20,7 @@ memory-mapped: a damaged image is found before training begins, and no workers a
 import dataclasses
 import functools
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -133,20 +134,22 @@ class Images:
     def __init__(self, x: Tensor, label: Tensor, flip: bool = False, test: tuple[Tensor, Tensor] | None = None):
         self.x, self.label, self.flip, self.test = x, label, flip, test
         self.orders: dict = {}
+        self.lock = threading.Lock()                                # the reader and the loop both ask for orders
         self.ahead: dict = {}
         self.worker = ThreadPoolExecutor(1)
 
     def order(self, member: common.Member, stage: str, epoch: int) -> Tensor:
         """The images of the member's classes in the order of this epoch."""
         key = (member, stage, epoch)
-        if key not in self.orders:
-            own = torch.isin(self.label, torch.tensor(member.classes)).nonzero()[:, 0]
-            if not len(own):
-                raise common.UserError(f"the data have no image of the classes {list(member.classes)}")
-            g = common.generator(member.seed, stage, member.students, member.student, epoch, "order")
-            self.orders = {k: v for k, v in self.orders.items() if k[2] >= epoch - 1}
-            self.orders[key] = own[torch.randperm(len(own), generator=g)]
-        return self.orders[key]
+        with self.lock:
+            if key not in self.orders:
+                own = torch.isin(self.label, torch.tensor(member.classes)).nonzero()[:, 0]
+                if not len(own):
+                    raise common.UserError(f"the data have no image of the classes {list(member.classes)}")
+                g = common.generator(member.seed, stage, member.students, member.student, epoch, "order")
+                self.orders = {k: v for k, v in self.orders.items() if k[2] in (0, epoch - 1, epoch)}
+                self.orders[key] = own[torch.randperm(len(own), generator=g)]
+            return self.orders[key]
 
     def indices(self, member: common.Member, stage: str, first: int, number: int) -> Tensor:
         """Which images the member sees as its first-th, (first + 1)-th, … of the stage."""
@@ -167,7 +170,7 @@ class Images:
         ready = self.ahead.pop(key, None)
         x, label = ready.result() if ready else self._read(draws, step, batch, part)
         after = (*key[:2], step + 1, *key[3:])
-        self.ahead = {k: v for k, v in self.ahead.items() if k[2] > step}
+        self.ahead = {k: v for k, v in self.ahead.items() if k[2] >= step}
         self.ahead[after] = self.worker.submit(self._read, draws, step + 1, batch, part)
         x = to_float(x.to(draws.device))
         if self.flip:
@@ -176,10 +179,16 @@ class Images:
         return x, label.to(draws.device)
 
     def truth(self, seed: int, number: int) -> list[tuple[Tensor, Tensor]]:
-        """The training images, and the test images (without them: the training images' two halves)."""
+        """The training images, and the test images (without them: a draw of `number` training images)."""
         if self.test is not None:
             return [(self.x, self.label), self.test]
-        return [(self.x[::2], self.label[::2]), (self.x[1::2], self.label[1::2])]
+        drawn = torch.randperm(len(self.x), generator=common.generator("truth"))[:number].sort().values
+        return [(self.x, self.label), (self.x[drawn], self.label[drawn])]
+
+    def fingerprint(self) -> str:
+        """A hash of the labels and of some of the images: tells other data apart."""
+        some = self.x[torch.linspace(0, len(self.x) - 1, min(64, len(self.x))).long()]
+        return hashlib.sha256(self.label.numpy().tobytes() + some.numpy().tobytes()).hexdigest()[:16]
 
 
 # --------------------------------------------------------------------------------------------------------- reading files
@@ -196,6 +205,8 @@ def _idx(folder: Path, name: str) -> np.ndarray:
                 raw = path.read_bytes()
                 raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
                 dims = raw[3] if raw[:3] == b"\0\0\x08" else 0
+                if dims not in (1, 3):
+                    raise ValueError("not IDX")
                 shape = np.frombuffer(raw, ">i4", dims, 4)
                 return np.frombuffer(raw, np.uint8, int(np.prod(shape)), 4 + 4 * dims).reshape(shape)
             except (OSError, EOFError, ValueError, IndexError, gzip.zlib.error):
@@ -275,6 +286,7 @@ def _listing(path: Path, classes: int) -> tuple[list[str], list[int], Callable]:
                 raise _bad(path, f"{len(folders)} class folders with images, but the dataset has {classes} classes: their "
                                  f"sorted names are the labels, so all must be there (or add a dataset.json)")
             number = {f: i for i, f in enumerate(folders)}
+            names = [n for n in names if len(Path(n).parts) > 1]     # a picture beside the folders has no class
             return names, [number[Path(n).parts[0]] for n in names], opener
     if not names:
         raise _bad(path, "no .png or .jpg images in it")
@@ -295,12 +307,12 @@ def _decode(path: Path, listing, channels: int, target: Path, quiet: bool) -> np
     """All images of the listing as one memory-mapped array uint8 [N, C, H, W], made once, atomically."""
     names, _, opener = listing
 
-    def one(name):
+    def one(name, grey_too=True):
         try:
             with opener(name) as f, Image.open(f) as image:
                 image.load()
-                grey = image.mode in ("L", "1", "I;16", "LA")
-                x = np.asarray(image.convert("L" if channels == 1 and grey else "RGB" if not grey else "L"))
+                grey = image.mode in ("L", "1", "I;16", "LA")       # ImageNet has some among its colour images
+                x = np.asarray(image.convert("L" if grey and (channels == 1 or not grey_too) else "RGB"))
         except Exception:                                           # PIL and zipfile raise a dozen types for a damaged file
             raise _bad(f"{path}: {name}", "a damaged image; take it out or fetch the data again") from None
         x = x[None] if x.ndim == 2 else x.transpose(2, 0, 1)
@@ -309,22 +321,43 @@ def _decode(path: Path, listing, channels: int, target: Path, quiet: bool) -> np
                                           f"{'grey' if channels == 1 else 'colour'} images are expected")
         return x
     shape = one(names[0]).shape
+    for name in (names[0], names[len(names) // 2], names[-1])[:1 if channels == 1 else 3]:
+        try:
+            one(name, grey_too=False)                               # all three grey: the data are
+            break
+        except common.UserError as error:
+            wrong = error
+    else:
+        raise wrong
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(len(names), *shape))
+        out = _room(temporary, (len(names), *shape))
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise common.UserError(f"cannot write {temporary}: {error.strerror}; choose another --out") from None
-    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
-        blocks = range(0, len(names), 4096)
-        for begin in common.bar(blocks, f"decoding {path.name}", len(blocks), quiet):
-            for i, x in enumerate(pool.map(one, names[begin:begin + 4096]), begin):
-                if x.shape != shape:
-                    raise _bad(path, f"images of several sizes: {names[0]} is {shape[1]} x {shape[2]}, {names[i]} {x.shape[1]} x {x.shape[2]}")
-                out[i] = x
+    try:
+        with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
+            blocks = range(0, len(names), 4096)
+            for begin in common.bar(blocks, f"decoding {path.name}", len(blocks), quiet):
+                for i, x in enumerate(pool.map(one, names[begin:begin + 4096]), begin):
+                    if x.shape != shape:
+                        raise _bad(path, f"images of several sizes: {names[0]} is {shape[1]} x {shape[2]}, {names[i]} {x.shape[1]} x {x.shape[2]}")
+                    out[i] = x
+    except common.UserError:
+        temporary.unlink(missing_ok=True)
+        raise
     out.flush()
     os.replace(temporary, target)
     return np.load(target, mmap_mode="r+")
+
+
+def _room(path: Path, shape) -> np.ndarray:
+    """A memory-mapped array uint8 whose space on the disk is reserved: a full disk shows now, as an OSError."""
+    out = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    with open(path, "r+b") as f:
+        os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
+    return out
 
 
 def _batches(folder: Path, files: list[Path], target: Path, quiet: bool) -> tuple[np.ndarray, list[int]]:
@@ -351,8 +384,12 @@ def _batches(folder: Path, files: list[Path], target: Path, quiet: bool) -> tupl
     if len({p.shape[1:] for p in x}) > 1 or len(label) != sum(map(len, x)):
         raise _bad(folder, "batches of several sizes, or labels that do not match the images")
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(len(label), *x[0].shape[1:]))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        out = _room(temporary, (len(label), *x[0].shape[1:]))
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise common.UserError(f"cannot write {temporary}: {error.strerror}; choose another --out") from None
     at = 0
     for part in x:
         out[at:at + len(part)], at = part, at + len(part)
@@ -364,13 +401,14 @@ def _batches(folder: Path, files: list[Path], target: Path, quiet: bool) -> tupl
 def _from_tree(path: Path, facts_: Facts, cache: Path, split: str, quiet: bool) -> tuple[Tensor, Tensor]:
     """(x, label) of a zip, of class folders, or of npz batches; decoded once into `cache`."""
     target = cache / f"{facts_.name}-{split}.npy"
-    about = {"path": str(path.resolve()), "changed": path.stat().st_mtime, "bytes": path.stat().st_size}
+    held = [path.stat()] if path.is_file() else [p.stat() for p in path.rglob("*") if p.is_file()]
+    about = {"path": str(path.resolve()), "files": len(held), "changed": max([s.st_mtime for s in held], default=0), "bytes": sum(s.st_size for s in held)}
     notes = target.with_suffix(".json")
     if target.exists() and notes.exists():
         old = common.load_json(notes, "label")
         if all(old.get(k) == v for k, v in about.items()):
             return torch.from_numpy(np.load(target, mmap_mode="r+")), torch.tensor(old["label"])
-        notes.unlink()
+        notes.unlink(missing_ok=True)
     files = sorted(path.glob("*.npz")) if path.is_dir() else []
     if files:
         wanted = [f for f in files if ("val" in f.name) == (split == "test")]
@@ -513,6 +551,7 @@ def judge(flags, source, device, ranks) -> Judge:
     if known.stacked:
         return TOY_JUDGE
     home = Path(flags.out) / "data"
+    common.check_config(home, {"dataset": known.name, "resolution": known.shape[-1], "data": source().fingerprint()})
     if flags.features:
         net = fid.Inception(flags.features, device)
     else:
@@ -541,7 +580,7 @@ def judge(flags, source, device, ranks) -> Judge:
         kept = home / f"features-{common.fingerprint(getattr(net, 'net', net))}.pt"             # of these very weights
         if ranks.rank == 0 and not kept.exists():
             print(f"{kept}: features of the data …", flush=True)
-            sets = [(net.features(x), label) for x, label in source().truth(0, 0)]
+            sets = [(net.features(x), label) for x, label in source().truth(0, flags.eval_samples)]
             common.save_tensors(kept, {"features": [f for f, _ in sets], "label": [label for _, label in sets]})
         ranks.wait()
         saved = common.load_tensors(kept)

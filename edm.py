@@ -50,7 +50,7 @@ class Flags:
     features: str = flag("", "of the Frechet distance: path of NVIDIA's TorchScript Inception; none = our own classifier")
     out: str = flag("runs/toy", "the run folder")
     seed: int = flag(0, "first seed; seed S lives in OUT/seedS", low=0)
-    seeds: int = flag(1, "number of seeds, S, S+1, …, trained as one stack", low=1)
+    seeds: int = flag(1, "number of seeds, S, S+1, … (the toy's train as one stack)", low=1)
     device: str = flag("auto", "auto (cuda if there is one), cpu, cuda or mps")
     threads: int = flag(0, "CPU threads; 0 = as many as there are cores, at most 8", low=0)
     precision: str = flag("auto", "inside image networks: bf16 on a GPU and fp32 on a CPU, or one of them", choices=("auto", "fp32", "bf16"))
@@ -239,7 +239,7 @@ def train(run: common.Stage, flags: Flags, source, members: list[common.Member],
             share.sum().backward()
             loss += share.detach()
         loss = run.check(step, loss, names)
-        run.ranks.average(D)
+        run.ranks.add_gradients(D)
         common.set_learning_rate(optimizer, common.learning_rate(
             flags.teacher_lr, step, flags.teacher_steps, 100, flags.teacher_decay))
         optimizer.step()
@@ -323,8 +323,7 @@ def get_teachers(flags: Flags, source, device, ranks: common.Ranks) -> list[Prec
         common.check_config(folder, {**origin(flags, seed), **common.stage_config(flags, "teacher")})
         if common.finished(folder, ("ema.pt",)) and ranks.rank == 0:
             print(f"teacher of seed {seed}: reused from {folder}")
-    groups = common.unfinished(list(folders.values()), ("ema.pt",), facts.stacked)
-    ranks.wait()                                                    # all have seen the same folders before one writes into them
+    groups = ranks.first(lambda: common.unfinished(list(folders.values()), ("ema.pt",), facts.stacked))
     for group in groups:
         members = [common.Member(s, 1, 0, tuple(range(facts.classes))) for s, f in folders.items() if f in group]
         run = common.Stage("teacher", {f: slice(i, i + 1) for i, f in enumerate(group)}, flags.teacher_steps, flags.save_every,
@@ -385,12 +384,16 @@ def main(argv=None):
         return
     device = common.device(flags.device, flags.threads)
     ranks = common.world(device)
+    if flags.teacher not in ("train", "exact"):
+        raise common.UserError(f"--teacher {flags.teacher}: edm.py trains a teacher; give --teacher train (msd.py takes the file)")
     ranks.parts(flags.teacher_batch, flags.micro_batch)
     if ranks.rank == 0:
         print(f"edm: teacher of {flags.dataset}, {flags.teacher_steps} steps of batch {flags.teacher_batch}, on {device}, "
               f"into {flags.out}")
     get_teachers(flags, data.opened(flags, ranks), device, ranks)
-    print("\n".join(str(Path(flags.out) / f"seed{seed}" / "teacher") for seed in seeds(flags)))
+    if ranks.rank == 0:
+        print("\n".join(str(Path(flags.out) / f"seed{seed}" / "teacher") for seed in seeds(flags)))
+    common.leave(ranks)
 
 
 if __name__ == "__main__":

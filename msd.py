@@ -6,8 +6,9 @@
                                                                       classes, the regression term every pair
     x = G_k(z; y) with y in Y_k                      Router, generate one student answers, one evaluation
 
-The stages themselves know nothing of K: dmd.py trains any list of label sets. The students of all K and all seeds train as
-one stack (one batched matmul a layer) and never touch each other: K = 1 here is dmd.py, bit for bit.
+The stages themselves know nothing of K: dmd.py trains any list of label sets. The toy's students of all K and all seeds train
+as one stack (one batched matmul a layer), images' students one by one or on ranks of their own; they never touch each other, and
+K = 1 here is dmd.py, bit for bit.
 
 Not here: the losses (dmd.py), the teacher (edm.py), pictures (plot.py), sampling by command (sample.py).
 
@@ -38,7 +39,7 @@ from common import flag
 @dataclasses.dataclass
 class Flags(dmd.Flags):
     """What only several students need, beside the stages' flags."""
-    students: list[int] = flag([8], "number of students K; several numbers train as one stack and are compared")
+    students: list[int] = flag([8], "number of students K; several numbers are compared (the toy's train as one stack)")
     student: int = flag(-1, "train only this student of each K, for a job array on a cluster; -1 = all", low=-1)
     partition: str = flag("consecutive", "how the classes are split", "dm", ("consecutive",))
     against: str = flag("", "tag of another variant in the same run folder: compare with it, K by K")
@@ -122,7 +123,8 @@ def latents(seeds, shape) -> Tensor:
 
 
 class Separate:
-    """Image students, each a file of its own, read when it is first needed and kept on `device`."""
+    """Image students, each a file of its own, read when it is first needed and kept on `device` (of a GPU the last 8)."""
+    KEEP = 8
 
     def __init__(self, folders: list[Path], name: str, flags=None):
         self.folders, self.name, self.flags, self.device, self.loaded = folders, name, flags, "cpu", {}
@@ -130,7 +132,9 @@ class Separate:
     def student(self, k: int) -> edm.Precond:
         """Student k, frozen. UserError if its file is no student's."""
         if k not in self.loaded:
-            self.loaded[k] = _read_students(self.folders[k] / self.name)[1]
+            if len(self.loaded) >= self.KEEP and self.device != "cpu":
+                self.loaded.pop(next(iter(self.loaded)))            # a GPU may not hold all 64
+            self.loaded[k] = _read_students(self.folders[k] / self.name, self.flags)[1]
         return self.loaded[k].to(self.device)
 
     def to(self, device):
@@ -147,26 +151,29 @@ class Students:
     seconds: float                                                  # of training, all together
 
 
-def _read_students(path: Path) -> tuple[dict, edm.Precond]:
+def _read_students(path: Path, flags=None) -> tuple[dict, edm.Precond]:
     saved = common.load_tensors(path)
     try:
         facts = data.facts(saved["dataset"], saved.get("resolution", 0))
         G = edm.Precond(facts.net(len(saved["partition"]), saved["size"]), facts.sigma_data)
         G.load_state_dict(saved["net"])
+        G = edm.ready(G.net, G.sigma_data, flags, "cpu") if flags else G
         return {**saved, "facts": facts, "parts": [torch.tensor(p) for p in saved["partition"]]}, G.requires_grad_(False)
     except (KeyError, TypeError, RuntimeError, IndexError, AttributeError, ValueError):
         raise common.UserError(f"{path}: not a students' checkpoint of this code") from None
 
 
-def load_students(folder, name: str = "best.pt") -> Students:
+def load_students(folder, name: str = "best.pt", flags=None) -> Students:
     """Read a students' stage folder (seed0/students8/dm) or its parent. UserError if it holds none.
 
-    Of image students only the list of classes is read now; a network is read when a label asks for it."""
+    Of image students only the list of classes is read now; a network is read when a label asks for it. flags: --precision."""
     folder = Path(folder)
     folder = folder / "dm" if (folder / "dm").is_dir() else folder
+    if folder.name.startswith("student") and folder.name[7:].isdigit():
+        raise common.UserError(f"{folder}: one student of several; give the folder of all, {folder.parent.parent}")
     own = sorted(folder.glob("student[0-9]*"), key=lambda p: int(p.name.removeprefix("student")))
     if not own:
-        saved, G = _read_students(folder / name)
+        saved, G = _read_students(folder / name, flags)
         return Students(saved["facts"], G, Router(saved["parts"]), saved["seconds"])
     about = [common.load_json(f / "config.json", "students", "student", "classes", "dataset") for f in own]
     K = about[0]["students"]
@@ -176,7 +183,7 @@ def load_students(folder, name: str = "best.pt") -> Students:
         raise common.UserError(f"{folder}: student {', '.join(map(str, missing))} of {K} is not trained yet; run that one first "
                                f"(--student {missing[0] if missing else 0})")
     seconds = sum(common.load_json(f / "done.json", "seconds")["seconds"] for f in own)
-    return Students(data.facts(about[0]["dataset"], about[0].get("resolution", 0)), Separate(own, name),
+    return Students(data.facts(about[0]["dataset"], about[0].get("resolution", 0)), Separate(own, name, flags),
                     Router([torch.tensor(a["classes"]) for a in about]), seconds)
 
 
@@ -188,6 +195,7 @@ def generate(run, label: Tensor, seeds) -> Tensor:
     students = run if isinstance(run, Students) else load_students(run)
     if len(seeds) != len(label):
         raise common.UserError(f"generate: {len(label)} labels but {len(seeds)} seeds; give one seed per sample")
+    students.G.to(label.device)
     z = latents(seeds, students.facts.shape).to(label.device)
     return route(students.G, students.router, z, label)
 
@@ -200,7 +208,7 @@ def evaluate(flags: Flags, inputs: dmd.Inputs, device) -> dict:
     facts, N, seeds, judge = data.facts(flags.dataset, flags.resolution), flags.eval_samples, edm.seeds(flags), inputs.judge
     label = data.stratified(N, facts.classes)
     chunk = min(16_384, facts.chunk) if not facts.stacked else 16_384
-    rows: dict[str, list] = {str(K): [] for K in flags.students}
+    of_k: dict[str, list] = {str(K): [] for K in flags.students}
     teacher, floor, floor_data = [], [], []
     for seed in seeds:
         report, real = inputs.references[seed]["report"], inputs.references[seed]["real"]
@@ -210,16 +218,18 @@ def evaluate(flags: Flags, inputs: dmd.Inputs, device) -> dict:
         teacher.append({"floor": floor[-1], f"{facts.metric}_data": judge.distance(report, real), **judge.check(y, label)})
         for K in flags.students:
             folder = dmd.stage_folder(flags, seed, K)
-            students = load_students(folder)
+            students = load_students(folder, flags=flags)
             students.G.to(device)
             z = torch.randn(N, *facts.shape, generator=common.generator(seed, "report z"))
-            x = torch.cat([route(students.G, students.router, a.to(device), b.to(device)).cpu()
-                           for a, b in zip(z.split(chunk), label.split(chunk))])
+            order = torch.arange(N) if facts.stacked else students.router(label).argsort(stable=True)   # one student at a time
+            x = torch.empty_like(z)
+            for rows in order.split(chunk):
+                x[rows] = route(students.G, students.router, z[rows].to(device), label[rows].to(device)).cpu()
             x = x if facts.stacked else data.to_uint8(x)
             common.save_tensors(folder / "samples.pt", {"x": x, "label": label, "student": students.router(label)})
             mine = judge.statistics(x, label)
             per_class = [judge.distance(mine, report, [c]) for c in range(facts.classes)] if facts.classes <= 100 else []
-            rows[str(K)].append({
+            of_k[str(K)].append({
                 facts.metric: judge.distance(mine, report), f"{facts.metric}_data": judge.distance(mine, real),
                 "per_class": per_class, "per_class_mean": sum(per_class) / max(1, len(per_class)), **judge.check(x, label),
                 "seconds": students.seconds})
@@ -236,7 +246,7 @@ def evaluate(flags: Flags, inputs: dmd.Inputs, device) -> dict:
             "metric": facts.metric, "title": judge.title, "floor": mean(floor), "floor_data": mean(floor_data),
             "teacher": {**{k: mean([t[k] for t in teacher]) for k in teacher[0]}, "per_seed": teacher,
                         "evaluations": 2 * flags.sampler_steps - 1},
-            "students": {K: summary(r) for K, r in rows.items()}}
+            "students": {K: summary(r) for K, r in of_k.items()}}
 
 
 COLUMNS = {"within": ("within", "4 std", ".4f"), "modes": ("modes", "of 64", ".1f"), "mode_min": ("emptiest", "mode", ".2f"),
@@ -285,7 +295,7 @@ def estimate(flags: Flags, device) -> float:
 
     def forward(members: int, batch: int) -> float:
         net = edm.ready(facts.net(members, flags.teacher_size), facts.sigma_data, flags, device).requires_grad_(False)
-        timed = batch if facts.stacked or device.type == "cuda" else min(batch, 64 if math.prod(facts.shape) < 4096 else 1)
+        timed = batch if facts.stacked else min(batch, 64 if device.type == "cuda" or math.prod(facts.shape) < 4096 else 1)
         label = torch.zeros(members, timed, dtype=torch.int64, device=device)
         z = torch.zeros(members, timed, *facts.shape, device=device)
         times = []
@@ -295,7 +305,7 @@ def estimate(flags: Flags, device) -> float:
             times.append(time.perf_counter() - begin)
         return sorted(times)[2] * batch / timed
 
-    members = flags.seeds * sum(flags.students)
+    members = flags.seeds * (sum(flags.students) if flags.student < 0 else sum(K > flags.student for K in flags.students))
     one = forward(members, flags.batch) if facts.stacked else members * forward(1, flags.batch)
     turn = 4.5 * one                                                # forward, backward, optimizer
     kl = flags.steps - dmd.first_kl_step(flags)
@@ -310,7 +320,7 @@ def estimate(flags: Flags, device) -> float:
 
 def memory(flags: Flags, count: int) -> str:
     """What a rank keeps beside the activations, for a network of `count` weights: how large a GPU a student needs."""
-    held = {"teacher": 1, "G": 1, "mu_fake": 1, "average of G": 1, "best of them": 1, "gradients": 2, "AdamW": 4}
+    held = {"teacher": 1, "start": 1, "G": 1, "mu_fake": 1, "average of G": 1, "best of them": 1, "gradients": 2, "AdamW": 4}
     return (f"memory of a student's rank, without activations: {sum(held.values()) * count * 4 / 2 ** 30:.2f} GiB in float32 ("
             + ", ".join(f"{k} {v * count * 4 / 2 ** 30:.2f}" for k, v in held.items()) + ")")
 
@@ -362,7 +372,8 @@ def main(argv=None):
         print_plan(flags, parts, f", on {device} ({torch.get_num_threads()} threads, {ranks.size} rank{'s' * (ranks.size > 1)}), about "
                    f"{f'{seconds / 60:.0f} min' if seconds > 90 else f'{seconds:.0f} s'} from nothing on one rank")
     theirs = read_against(flags) if flags.against else None
-    inputs = dmd.get_inputs(flags, device, ranks)
+    with common.alone(Path(flags.out), ranks):
+        inputs = dmd.get_inputs(flags, device, ranks)
     members, pair_index = [], []
     for i, seed in enumerate(edm.seeds(flags)):
         for K, part in parts.items():
@@ -372,10 +383,13 @@ def main(argv=None):
                     members.append(common.Member(seed, K, k, tuple(kl_classes.tolist())))
                     pair_index.append(index)
     dmd.distil(flags, members, pair_index, inputs, device, ranks)
-    if flags.student >= 0:
+    code = 0
+    if flags.student >= 0 and ranks.rank == 0:
         print(f"student {flags.student} is trained; when all are, the same command without --student evaluates them")
-        return 0
-    return report(flags, evaluate(flags, inputs, device), theirs) if ranks.rank == 0 else 0
+    elif ranks.rank == 0:
+        code = report(flags, evaluate(flags, inputs, device), theirs)
+    common.leave(ranks)
+    return code
 
 
 def print_plan(flags: Flags, parts: dict, where: str) -> None:
@@ -390,10 +404,12 @@ def print_plan(flags: Flags, parts: dict, where: str) -> None:
 
 def check_ranks(flags: Flags, facts: data.Facts, ranks: common.Ranks) -> None:
     """Do batches and ranks divide? Asked before anything is made. UserError if not."""
-    ranks.parts(flags.teacher_batch, 0 if flags.teacher_batch % max(1, flags.micro_batch) else flags.micro_batch)
+    if flags.teacher in ("train", "exact"):
+        ranks.parts(flags.teacher_batch, flags.micro_batch)
     for K in flags.students:
-        each = ranks.size if facts.stacked else ranks.size // K if ranks.size >= K and ranks.size % K == 0 else 1
-        if not facts.stacked and ranks.size > K and ranks.size % K:
+        alone = facts.stacked or flags.student >= 0
+        each = ranks.size if alone else ranks.size // K if ranks.size >= K and ranks.size % K == 0 else 1
+        if not alone and ranks.size > K and ranks.size % K:
             raise common.UserError(f"{ranks.size} ranks cannot be shared evenly by {K} students; start {K * (ranks.size // K)} or "
                                    f"{K * (ranks.size // K + 1)}, or one job per student with --student")
         share, rest = divmod(flags.batch, each)
@@ -408,6 +424,8 @@ def read_against(flags: Flags) -> dict:
     if not other.exists():
         raise common.UserError(f"--against {flags.against}: no {other}; run that variant with --tag {flags.against} first")
     theirs = common.load_json(other, "seeds", "students")
+    if theirs.get("samples") != flags.eval_samples:
+        raise common.UserError(f"--against {flags.against}: {other} was measured with {theirs.get('samples')} samples; give --eval-samples")
     if theirs["seeds"] != edm.seeds(flags):
         raise common.UserError(f"--against {flags.against}: {other} has seeds {theirs['seeds']}, this run {edm.seeds(flags)}")
     return theirs
@@ -418,7 +436,7 @@ def report(flags: Flags, results: dict, theirs: dict | None) -> int:
     path = Path(flags.out) / f"results{common.suffix(flags.tag)}.json"
     if path.exists():                                               # keep the other K of the same seeds and flags
         old = common.load_json(path, "students")
-        if all(old.get(k) == results[k] for k in ("seeds", "config")):
+        if all(old.get(k) == results[k] for k in ("seeds", "config", "samples")):
             results["students"] = {**old["students"], **results["students"]}
         else:
             kept = path.with_suffix(".previous.json")

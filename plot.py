@@ -49,8 +49,11 @@ def read_metrics(folder: Path) -> dict:
 
 def _over_students(by_student: dict) -> tuple[np.ndarray, np.ndarray]:
     """Mean over the students of one metric."""
-    steps = next(iter(by_student.values()))[0]
-    return np.array(steps), np.mean([v for _, v in by_student.values()], 0)
+    at = defaultdict(list)                                          # a student may lack a step: no sample fell into that band
+    for steps, values in by_student.values():
+        for step, value in zip(steps, values):
+            at[step].append(value)
+    return np.array(sorted(at)), np.array([np.mean(at[step]) for step in sorted(at)])
 
 
 def _image(ax, share: np.ndarray, title: str, cmap, top: float, xlabel: str = "") -> None:
@@ -144,7 +147,7 @@ def training(folders: dict, metric: str, title: str) -> plt.Figure:
     for ax, title, ylabel in zip(axes, (
             "Distance of each student on its own classes", "Gap that drives the KL term",
             "Regression loss", f"Fake denoiser's loss by noise level, K = {K}"),
-            (title, "mean $|\\mu_{fake} - \\mu_{real}|$", "RMS distance to $y$", "weighted loss")):
+            (title, "mean $|\\mu_{fake} - \\mu_{real}|$", "distance to $y$", "weighted loss")):
         ax.set(title=title, ylabel=ylabel, xlabel="generator updates")
         if ax.lines:
             ax.legend(fontsize=8)

@@ -40,7 +40,7 @@ class Flags:
     S_churn: float = flag(0.0, "stochasticity of the teacher's sampler [EDM Alg. 2]; 0 = deterministic", low=0)
     out: str = flag("samples", "writes OUT.npz and OUT.png")
     folders: bool = flag(False, "images: also a folder of PNG files, one per seed")
-    timing: int = flag(-1, "samples of the speed measurement; 0 = none, -1 = two batches", low=-1)
+    timing: int = flag(-1, "samples of the speed measurement; 0 = none, -1 = the toy's 16384, 100 images", low=-1)
     device: str = flag("auto", "auto, cpu, cuda or mps")
     threads: int = flag(0, "CPU threads; 0 = as many as there are cores, at most 8", low=0)
 
@@ -128,7 +128,7 @@ def main(argv=None):
         raise common.UserError(f"--classes {' '.join(map(str, flags.classes))}: this run has classes 0 to {facts.classes - 1}")
     label = classes[torch.arange(len(seeds)) % len(classes)].to(device)
     z = msd.latents(seeds, facts.shape).to(device)
-    timing = 2 * facts.chunk if flags.timing < 0 else flags.timing
+    timing = (2 * facts.chunk if facts.stacked else 100) if flags.timing < 0 else flags.timing
     made, speed = {}, {}
     with torch.no_grad():
         for name, sampler in samplers.items():
