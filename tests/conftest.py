@@ -70,5 +70,6 @@ def image_run(tmp_path_factory, tiny):
     """A finished smoke run of msd.py on tiny images with K = 1, 3: the run folder."""
     import msd
     out = tmp_path_factory.mktemp("shared") / "images"
-    assert msd.main(["--dataset", "fashion-mnist", "--preset", "smoke", "--data", str(tiny), "--out", str(out), "--quiet"]) == 0
+    assert msd.main(["--dataset", "fashion-mnist", "--preset", "smoke", "--data", str(tiny), "--out", str(out), "--quiet",
+                     "--threads", "1"]) == 0
     return out
