@@ -244,6 +244,18 @@ def make_cloud(G, draws, step: int, classes: int, points: int, shape) -> Tensor:
     return cloud
 
 
+def kde_of(G, draws, step: int, classes: int, points: int, shape):
+    """A fake denoiser (x, sigma, label) -> D without a network, from fresh samples of G."""
+    cloud = make_cloud(G, draws, step, classes, points, shape)
+    return lambda x, sigma, label: kde_denoiser(x, sigma, label, cloud)
+
+
+def pick_pairs(draws, step: int, batch: int, pair_index: list) -> Tensor:
+    """Indices [M, batch] of pairs, each member's from those it may use; one stream, however many those are."""
+    pick = draws.integers(step, "pair", 0, 2 ** 62, batch)
+    return torch.stack([index[p % len(index)] for index, p in zip(pair_index, pick)])
+
+
 def bins_in_strata(draws, step: int, purpose: str, low: int, high: int, batch: int, strata: int) -> Tensor:
     """Noise bins [M, batch, strata], uniform on low..high; a sample's draws fall into equal strata, one each."""
     u = draws.uniform(step, purpose, batch, strata)
@@ -327,16 +339,12 @@ def train(run: common.Stage, flags: Flags, members, teacher, net, pairs: dict, p
                 x = one_step(G, draws.normal(step, "z", B, *shape)[:, part], label)
                 sigma = grid[bins_in_strata(draws, step, "sigma", low, high, B, n)][:, part]    # [M, b, n]
                 noise = draws.normal(step, "noise", B * n, *shape).unflatten(1, (B, n))[:, part]
-                fake = mu_fake
-                if flags.fake == "kde":
-                    cloud = make_cloud(G, draws, step, facts.classes, flags.kde_points, shape)
-                    fake = lambda x, sigma, label: kde_denoiser(x, sigma, label, cloud)
+                fake = mu_fake if flags.fake == "net" else kde_of(G, draws, step, facts.classes, flags.kde_points, shape)
                 grad, gap = kl_gradient(x, label, sigma, noise, teacher, fake, flags.normaliser, flags.grad_clip, facts.sigma_data)
                 terms = flags.dm_weight * dm_loss(x, grad)
                 made.append((x.detach(), label))
             if flags.reg_weight > 0:
-                pick = draws.integers(step, "pair", 0, 2 ** 62, B)  # wide: one stream, however many pairs a member may use
-                pick = torch.stack([index[p % len(index)] for index, p in zip(pair_index, pick)])[:, part]      # [M, b]
+                pick = pick_pairs(draws, step, B, pair_index)[:, part]                          # [M, b]
                 x_ref = one_step(G, pairs["z"][row, pick], pairs["label"][row, pick])
                 reg = regression_loss(x_ref, pairs["y"][row, pick].to(x_ref.dtype), distance)
                 terms = terms + (flags.reg_weight if kl else 1.0) * reg
