@@ -24,8 +24,9 @@ def double_dm(out: Path, net_name: str, micro: int = 0) -> None:
                       eval_every=10, select_samples=40, save_every=10, quiet=True, clip_norm=1.0, lr=1e-3, reg_lr=1e-3, fake_lr=1e-3,
                       micro_batch=micro)
     torch.manual_seed(0)
-    facts = data.facts(flags.dataset)
-    net = toy_mog.ToyNet(2, 16) if stacked else unet.UNet(16, 1, 10, unet.Size(16, (1, 1), 1, ()))
+    flags.resolution = 0 if stacked else 8
+    facts = data.facts(flags.dataset, flags.resolution)
+    net = toy_mog.ToyNet(2, 16) if stacked else unet.UNet(8, 1, 10, unet.Size(16, (1, 1), 1, ()))
     net = edm.Precond(net, 0.5)
     with torch.no_grad():
         for p in net.parameters():

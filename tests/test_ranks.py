@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import common
+import data
 import msd
 import rank_worker
 
@@ -51,34 +52,49 @@ def students(out, K):
     return [common.load_tensors(out / f"seed0/students{K}/dm/student{k}/ema.pt")["net"] for k in range(K)]
 
 
-def test_students_in_turn_on_fewer_ranks_are_the_same_bit_for_bit(tmp_path, tiny):
-    assert msd.main(image_argv(tiny, tmp_path / "one", "--students", "3")) == 0
-    results = launch(2, *image_argv(tiny, tmp_path / "two", "--students", "3", "--teacher", str(tmp_path / "one/seed0/teacher/ema.pt")))
+def test_students_in_turn_on_fewer_ranks_are_the_same_bit_for_bit(tmp_path, tiny, image_run):
+    results = launch(2, *image_argv(tiny, tmp_path, "--students", "3", "--teacher", str(image_run / "seed0/teacher/ema.pt")))
     assert all(code == 0 for code, _ in results), results
-    for a, b in zip(students(tmp_path / "one", 3), students(tmp_path / "two", 3)):
+    for a, b in zip(students(image_run, 3), students(tmp_path, 3)):
         assert all(torch.equal(a[k], b[k]) for k in a)
-    assert (tmp_path / "two/results.json").exists()
+    assert (tmp_path / "results.json").exists()
 
 
-def test_one_student_at_a_time_is_the_same_bit_for_bit(tmp_path, tiny, capsys):
+def test_one_student_at_a_time_is_the_same_bit_for_bit(tmp_path, tiny, image_run):
     """--student k, for job arrays: then the same command without it evaluates."""
-    assert msd.main(image_argv(tiny, tmp_path / "one", "--students", "2")) == 0
-    for k in (1, 0):
-        assert msd.main(image_argv(tiny, tmp_path / "array", "--students", "2", "--student", str(k))) == 0
-        assert not (tmp_path / "array/results.json").exists()
-        if k == 1:
+    for k in (1, 2, 0):
+        assert msd.main(image_argv(tiny, tmp_path, "--students", "3", "--student", str(k))) == 0
+        assert not (tmp_path / "results.json").exists()
+        if k == 2:
             with pytest.raises(common.UserError, match="--student 0"):
-                msd.load_students(tmp_path / "array/seed0/students2")
-    assert msd.main(image_argv(tiny, tmp_path / "array", "--students", "2")) == 0
-    for a, b in zip(students(tmp_path / "one", 2), students(tmp_path / "array", 2)):
+                msd.load_students(tmp_path / "seed0/students3")
+    assert msd.main(image_argv(tiny, tmp_path, "--students", "3")) == 0
+    for a, b in zip(students(image_run, 3), students(tmp_path, 3)):
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_world_size_that_does_not_divide(tmp_path, tiny):
-    for argv, words in ((["--students", "2"], "start 2 or 4"), (["--students", "1"], "--batch 4 with 3 ranks")):
-        for code, text in launch(3, *image_argv(tiny, tmp_path, "--teacher-batch", "9", *argv)):
-            assert code == 2 and words in text and "Traceback" not in text
+    for code, text in launch(3, *image_argv(tiny, tmp_path, "--teacher-batch", "9", "--students", "2")):
+        assert code == 2 and "start 2 or 4" in text and "Traceback" not in text
     assert not list(tmp_path.rglob("*.pt"))
+
+
+@pytest.mark.parametrize("size, changes, words", [
+    (3, dict(students=[1]), "--batch 4 with 3 ranks"), (2, dict(teacher_batch=7), "batch of 7"),
+    (8, dict(students=[4], micro_batch=3, teacher="file"), "--micro-batch 3"), (6, dict(students=[4]), "start 4 or 8")])
+def test_ranks_and_batches_that_do_not_divide(size, changes, words):
+    flags = msd.Flags(**{"dataset": "fashion-mnist", "students": [2], "teacher_batch": 24, "batch": 4 if "micro_batch" not in changes else 16, **changes})
+    ranks = common.Ranks()
+    ranks.size = size
+    with pytest.raises(common.UserError, match=words):
+        msd.check_ranks(flags, data.facts("fashion-mnist"), ranks)
+
+
+def test_a_student_alone_takes_all_ranks():
+    flags = msd.Flags(dataset="fashion-mnist", students=[5], student=2, teacher="file", batch=64)
+    ranks = common.Ranks()
+    ranks.size = 8
+    msd.check_ranks(flags, data.facts("fashion-mnist"), ranks)
 
 
 def test_a_rank_that_dies_stops_the_others_with_a_message(tmp_path, tiny):
