@@ -13,6 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -93,6 +94,7 @@ def unets(edm_path: str, quick: bool, size: str = "XXS", resolution: int = 64):
     import snapshot
     import unet
     sys.path.append(edm_path)                                       # after ours: only its `training` and `torch_utils` are wanted
+    sys.modules.setdefault("requests", types.ModuleType("requests"))  # it imports that to download files
     from training.networks import EDMPrecond
     s, device = unet.SIZES[size], torch.device("cuda" if torch.cuda.is_available() else "cpu")
     resolution, batch, rounds = (16, 2, 2) if quick else (resolution, 32 if device.type == "cuda" else 2, 20)
