@@ -110,8 +110,9 @@ class Block(nn.Module):
 
     def attend(self, x: Tensor) -> Tensor:
         """Self-attention over the pixels, heads of outside / heads channels."""
-        q, k, v = self.qkv(x).flatten(2).unflatten(1, (3, self.heads, -1)).transpose(3, 4).unbind(1)  # [B, heads, HW, ch]
-        return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(x.shape)
+        qkv = self.qkv(x).flatten(2).unflatten(1, (3, self.heads, -1))                          # [B, 3, heads, ch, HW]
+        q, k, v = qkv.transpose(3, 4).contiguous().unbind(1)        # the fused kernels want channels last: else a slow one serves
+        return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(x.shape)         # q: [B, heads, HW, ch]
 
 
 class UNet(nn.Module):
