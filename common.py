@@ -46,7 +46,9 @@ def command(main):
         try:
             return main(argv)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            if dist.is_initialized():
+                os._exit(2)                                         # the engine's threads, without their peers, would end it as a crash
             raise SystemExit(2) from None
         except torch.OutOfMemoryError:
             print("error: the GPU's memory is full; --micro-batch N halves it when N is half of what it was (now: all of a "
