@@ -85,6 +85,12 @@ def suffix(tag: str) -> str:
     return f"-{tag}" if tag else ""
 
 
+def check_tag(name: str, tag: str) -> None:
+    """--tag and --against become parts of file names. UserError if they are more than letters, digits, _, . and -."""
+    if not all(c.isalnum() or c in "_.-" for c in tag) or ".." in tag:
+        raise UserError(f"{name} {tag}: letters, digits, _, . and - only")
+
+
 def _near(word: str, words) -> str:
     near = difflib.get_close_matches(word, [str(w) for w in words], n=1, cutoff=0.4)
     return f"; did you mean {near[0]}?" if near else ""
@@ -473,7 +479,8 @@ def load_tensors(path: Path, mmap: bool = False):
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:                                      # torch raises a dozen types for a damaged file
-        raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}); delete it or give another") from None
+        raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}): damaged or foreign; delete it and "
+                        f"run the same command again, or give another file") from None
 
 
 def shard(folder: Path, name: str, i: int) -> Path:
@@ -524,7 +531,7 @@ def load_json(path: Path, *keys: str) -> dict:
 
 def bar(iterable, name: str, total: int, quiet: bool):
     """A progress bar for work that is not a training loop."""
-    return tqdm(iterable, desc=name, total=total, disable=quiet, mininterval=0.5, dynamic_ncols=True)
+    return tqdm(iterable, desc=name, total=total, disable=quiet or total == 0, mininterval=0.5, dynamic_ncols=True)
 
 
 def check_config(folder: Path, config: dict) -> None:

@@ -543,6 +543,15 @@ def feature_distance(a: Features, b: Features, classes=None) -> float:
     return fid.frechet_distance(a.mean(), a.cov(), b.mean(), b.cov())
 
 
+def same_data(flags, images: Images) -> None:
+    """The classifier and the features in OUT/data belong to these images. UserError if they were made from others."""
+    try:
+        common.check_config(Path(flags.out) / "data", {"dataset": flags.dataset, "resolution": images.x.shape[-1], "images": images.fingerprint()})
+    except common.UserError:
+        raise common.UserError(f"--out {flags.out}: made from other images, or at another resolution; give the --data and --resolution of "
+                               f"that run, or choose another --out") from None
+
+
 def judge(flags, source, device, ranks) -> Judge:
     """The judge of a dataset. Of images: by NVIDIA's Inception (--features PATH) or by a classifier trained here, once.
 
@@ -551,7 +560,6 @@ def judge(flags, source, device, ranks) -> Judge:
     if known.stacked:
         return TOY_JUDGE
     home = Path(flags.out) / "data"
-    common.check_config(home, {"dataset": known.name, "resolution": known.shape[-1], "data": source().fingerprint()})
     if flags.features:
         net = fid.Inception(flags.features, device)
     else:

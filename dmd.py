@@ -41,6 +41,7 @@ from torch.nn import functional as F
 import common
 import data
 import edm
+import fid
 from common import flag
 
 
@@ -419,6 +420,13 @@ def check_flags(flags: Flags) -> None:
         raise common.UserError(f"--distance lpips: needs images; {flags.dataset} takes l2 or mse")
     if flags.fake == "kde" and data.DATASETS[flags.dataset].exact is None:
         raise common.UserError(f"--fake kde: an oracle for the toy; {flags.dataset} needs --fake net")
+    check = {"--tag": flags.tag, "--against": getattr(flags, "against", "")}
+    for name, tag in check.items():
+        common.check_tag(name, tag)
+    facts = data.DATASETS[flags.dataset]
+    for name in ("pairs", "eval_samples", "select_samples") if not facts.stacked else ():
+        if getattr(flags, name) < 2 * facts.classes:                # every class needs a mean and a covariance
+            raise common.UserError(f"{common.option(name)} {getattr(flags, name)}: at least two per class, {2 * facts.classes}")
     for name in ("beta1", "beta2", "ema", "teacher_ema"):
         if getattr(flags, name) >= 1:
             raise common.UserError(f"{common.option(name)} {getattr(flags, name)}: must be below 1")
@@ -441,11 +449,14 @@ class Inputs:
 def get_inputs(flags: Flags, device, ranks) -> Inputs:
     """Teacher, pairs, the judge and what it compares with, for each seed: made now, or reused from the run folder."""
     facts = data.facts(flags.dataset, flags.resolution)
-    if flags.distance == "lpips" and flags.reg_weight > 0:          # its weights are wanted hours from now: are they there?
-        if ranks.rank == 0:
+    source = data.opened(flags, ranks)
+    if not facts.stacked:                                           # what is wanted hours from now: is it there?
+        data.same_data(flags, source())
+        if ranks.rank == 0 and flags.features:
+            fid.Inception(flags.features, device)
+        if ranks.rank == 0 and flags.distance == "lpips" and flags.reg_weight > 0:
             lpips_distance("cpu")
         ranks.wait()
-    source = data.opened(flags, ranks)
     teachers = edm.get_teachers(flags, source, device, ranks)
     judge = data.judge(flags, source, device, ranks)
     pairs, references = [], {}

@@ -173,6 +173,8 @@ def load_students(folder, name: str = "best.pt", flags=None) -> Students:
         raise common.UserError(f"{folder}: one student of several; give the folder of all, {folder.parent.parent}")
     own = sorted(folder.glob("student[0-9]*"), key=lambda p: int(p.name.removeprefix("student")))
     if not own:
+        if not folder.is_dir():
+            raise common.UserError(f"{folder}: no such students' folder (such as runs/toy/seed0/students8)")
         saved, G = _read_students(folder / name, flags)
         return Students(saved["facts"], G, Router(saved["parts"]), saved["seconds"])
     about = [common.load_json(f / "config.json", "students", "student", "classes", "dataset") for f in own]
@@ -192,6 +194,7 @@ def generate(run, label: Tensor, seeds) -> Tensor:
     """One-step samples [B, *shape] of classes label [B] (int64), from the latents of `seeds` (B integers).
 
     run: a students' folder (runs/toy/seed0/students8), or what `load_students` returned."""
+    label = torch.as_tensor(label)
     students = run if isinstance(run, Students) else load_students(run)
     if len(seeds) != len(label):
         raise common.UserError(f"generate: {len(label)} labels but {len(seeds)} seeds; give one seed per sample")
@@ -314,7 +317,7 @@ def estimate(flags: Flags, device) -> float:
     solve = drawn * (2 * flags.sampler_steps - 1) / facts.chunk * forward(1, facts.chunk) * flags.seeds
     seeds = flags.seeds if facts.stacked else 1
     train = flags.teacher_steps * 4.5 * forward(seeds, flags.teacher_batch) * flags.seeds / seeds if flags.teacher in ("train", "exact") else 0
-    judge = 0 if facts.stacked else 120
+    judge = 0 if facts.stacked else 60
     return dm + (kl > 0) * flags.fake_warmup * turn + solve + train + judge + 5
 
 

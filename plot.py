@@ -41,6 +41,8 @@ def read_metrics(folder: Path) -> dict:
     for path in own or [folder / "metrics.csv"]:
         with open(path, newline="") as f:
             for r in csv.DictReader(f):
+                if not r["value"]:                                  # a row that a full disk or a kill cut off
+                    continue
                 steps, values = rows[r["name"]][path.parent.name if own else int(r["student"])]
                 steps.append(int(r["step"]))
                 values.append(float(r["value"]))

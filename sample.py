@@ -51,7 +51,10 @@ def parse_seeds(text: str) -> list[int]:
     try:
         for part in text.split(","):
             first, _, last = part.partition("-")
-            seeds += range(int(first), int(last or first) + 1)
+            first, last = int(first), int(last or first)
+            if last - first >= 10_000_000 or last >= 2 ** 63:
+                raise common.UserError(f"--seeds {text}: at most 10 million, each below 2^63")
+            seeds += range(first, last + 1)
     except ValueError:
         raise common.UserError(f"--seeds {text}: give ranges and numbers such as 0-63 or 3,14,15") from None
     if not seeds:
@@ -90,6 +93,7 @@ def per_second(function, number: int) -> float:
 def main(argv=None):
     """Draw samples, time both samplers, write npz and png."""
     flags = common.parse(Flags, {(None, None): {}}, argv, __doc__)
+    common.check_tag("--tag", flags.tag)
     device = common.device(flags.device, flags.threads)
     home, seeds = run_folder(flags.run), parse_seeds(flags.seeds)
     if not Path(flags.out).name:
@@ -165,6 +169,8 @@ def write_images(out: Path, made: dict, label: np.ndarray, seeds: np.ndarray, fo
         common.write_atomic(paths[-1], lambda t: _save_npz(t, {"arr_0": rows, "arr_1": label, "seed": seeds}))
         if folders:
             paths.append(out.with_name(f"{out.name}-{name}"))
+            for old in paths[-1].glob("[0-9]*.png"):                # of another call: fid.py would measure both as one
+                old.unlink()
             for row, seed in zip(rows, seeds):
                 image = Image.fromarray(row[..., 0] if row.shape[-1] == 1 else row)
                 common.write_atomic(paths[-1] / f"{seed:06d}.png", lambda t: image.save(t, format="png"))

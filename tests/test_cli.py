@@ -173,6 +173,9 @@ def test_full_disk(capsys, tmp_path, monkeypatch):
     (["--classes", "9", "--students", "3"], ["--classes 9", "0 to 7"]),
     (["--seeds", "a-b"], ["--seeds a-b"]),
     (["--seeds", "5-1"], ["--seeds 5-1"]),
+    (["--seeds", "0-999999999999", "--students", "3"], ["at most 10 million"]),
+    (["--seeds", "18446744073709551616"], ["below 2^63"]),
+    (["--tag", "../x", "--students", "3"], ["--tag ../x"]),
     (["--steps", "1", "--students", "3"], ["--steps 1"]),
     (["--threads", "-1"], ["--threads -1"]),
 ])

@@ -20,6 +20,7 @@ import msd
 import plot
 import sample
 import test_snapshot
+from conftest import write_idx
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -244,6 +245,36 @@ def test_gpu_memory(capsys, tiny, tmp_path, monkeypatch):
 def test_micro_batch_must_divide(capsys, tiny, tmp_path):
     assert "--micro-batch 3" in refused(capsys, msd.main, argv(tiny, tmp_path, "--micro-batch", "3"))
     assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_other_images_in_the_same_run_folder(capsys, image_run, tiny, tmp_path):
+    import shutil
+    shutil.copytree(tiny, tmp_path / "other")
+    write_idx(tmp_path / "other/train-labels-idx1-ubyte.gz", np.arange(200) // 20 % 10, True)
+    line = refused(capsys, msd.main, argv(tmp_path / "other", image_run))
+    assert "other images" in line and "--data" in line
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--pairs", "1"], "--pairs 1: at least two per class, 20"), (["--tag", "../x"], "--tag ../x"), (["--features", "nowhere.pt"], "nowhere.pt"),
+    (["--bins", "0", "999", "--fake-bins", "0", "500"], "--fake-bins"), (["--resolution", "20"], "--resolution 20")])
+def test_refused_before_anything_is_made(capsys, tiny, tmp_path, more, words):
+    assert words in refused(capsys, msd.main, argv(tiny, tmp_path, *more))
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_cut_off_metrics_are_drawn(image_run, tmp_path):
+    import shutil
+    shutil.copytree(image_run, tmp_path / "copy")
+    path = tmp_path / "copy/seed0/students3/dm/student1/metrics.csv"
+    path.write_text(path.read_text() + "6,1.2")
+    assert plot.draw(tmp_path / "copy")
+
+
+def test_old_pictures_do_not_stay_in_the_folder(image_run, tmp_path):
+    for seeds in ("0-9", "3-5"):
+        sample.main(["--run", str(image_run), "--students", "3", "--seeds", seeds, "--folders", "--of", "students", "--timing", "0", "--out", str(tmp_path / "s")])
+    assert sorted(p.name for p in (tmp_path / "s-students").iterdir()) == ["000003.png", "000004.png", "000005.png"]
 
 
 def test_damaged_shard(capsys, image_run, tiny, tmp_path):
