@@ -147,7 +147,7 @@ def updates(sizes: list[str], quick: bool):
         flags.preset = "default"
         facts = data.facts("imagenet64", 16 if quick else 0)
         flags.resolution = facts.shape[-1]
-        net = edm.ready(facts.net(1, size), 0.5, flags, device)
+        net = edm.ready(facts.net(1, unet.LAPTOP["XXS"] if quick else size), 0.5, flags, device)
         z = torch.randn(1, 64, *facts.shape)
         pairs = {"z": z.to(device), "y": z.to(device), "label": data.stratified(64, 1000)[None].to(device), "row": torch.zeros(1, dtype=torch.int64, device=device)}
         class NoJudge:

@@ -36,6 +36,13 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def small_figures():
+    """Figures are drawn in many tests and looked at in none."""
+    import plot
+    plot.plt.rcParams.update({"figure.dpi": 20, "savefig.dpi": 20})
+
+
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
     """A finished smoke run of msd.py with K = 1, 3 and two seeds: the run folder."""

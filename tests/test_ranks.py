@@ -28,13 +28,13 @@ def launch(size: int, *argv, **env) -> list[tuple[int, str]]:
     return [(code, text) for text, code in out]
 
 
-@pytest.mark.parametrize("net", ["toy", "image"])
+@pytest.mark.parametrize("net", ["image", pytest.param("toy", marks=pytest.mark.slow)])
 def test_two_ranks_are_one_rank_on_the_joined_batch(tmp_path, net, double):
     """Float64, 20 updates of regression, KL term and fake denoiser: equal to 1e-10; in micro-batches on one rank too."""
     for name in ("one", "two", "micro"):
         (tmp_path / name).mkdir()
     rank_worker.double_dm(tmp_path / "one", net, 0)
-    rank_worker.double_dm(tmp_path / "micro", net, 2)
+    rank_worker.double_dm(tmp_path / "micro", net, 4)
     results = launch(2, "double", tmp_path / "two", net)
     assert all(code == 0 for code, _ in results), results
     weights = {name: torch.load(tmp_path / name / "weights.pt")["ema"] for name in ("one", "two", "micro")}
@@ -52,6 +52,7 @@ def students(out, K):
     return [common.load_tensors(out / f"seed0/students{K}/dm/student{k}/ema.pt")["net"] for k in range(K)]
 
 
+@pytest.mark.slow
 def test_students_in_turn_on_fewer_ranks_are_the_same_bit_for_bit(tmp_path, tiny, image_run):
     results = launch(2, *image_argv(tiny, tmp_path, "--students", "3", "--teacher", str(image_run / "seed0/teacher/ema.pt")))
     assert all(code == 0 for code, _ in results), results
