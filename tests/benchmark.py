@@ -164,13 +164,13 @@ def updates(sizes: list[str], quick: bool):
         print(f"DM update, {size}, {facts.shape[-1]} x {facts.shape[-1]}, batch {batch}, {device}: {each:.2f} s, {batch / each:.1f} images a second{held}")
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
     parser.add_argument("--data", action="store_true")
     parser.add_argument("--unet", metavar="EDM", help="folder of a checkout of NVlabs/edm")
     parser.add_argument("--dm", nargs="+", metavar="SIZE", choices=("B", "S", "XS", "XXS"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(min(2, torch.get_num_threads()))
     if args.data:
         stream(args.quick)
