@@ -529,6 +529,16 @@ def load_json(path: Path, *keys: str) -> dict:
     return value
 
 
+def to_float(x: Tensor) -> Tensor:
+    """Pixels, uint8 0…255 -> [-1, 1]."""
+    return x.float() / 127.5 - 1
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """[-1, 1] -> pixels 0…255, as EDM's generate.py rounds: 127.5 x + 128, cut off; uint8 stays as it is."""
+    return x if x.dtype == torch.uint8 else (x.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
 def bar(iterable, name: str, total: int, quiet: bool):
     """A progress bar for work that is not a training loop."""
     return tqdm(iterable, desc=name, total=total, disable=quiet or total == 0, mininterval=0.5, dynamic_ncols=True)

@@ -17,6 +17,7 @@ Forms that are read          where                                          what
 Images from archives and folders are decoded once, by all cores, into one array beside the run (OUT/data), which is then
 memory-mapped: a damaged image is found before training begins, and no workers are needed to keep a GPU fed.
 """
+import contextlib
 import dataclasses
 import functools
 import gzip
@@ -59,6 +60,11 @@ class Facts:
     exact: Callable | None = None          # the optimal denoiser (x, sigma, label) -> D, where there is one …
     sample: Callable | None = None         # … and the sampler of the data, sample(label, generator) -> x, that goes with it
 
+    @property
+    def resolution(self) -> int:
+        """Pixels of an image's side; 0 where x is no image. What checkpoints and config.json keep."""
+        return self.shape[-1] if self.native else 0
+
     def net(self, students: int = 1, size: str | None = None):
         """A network of `students` students; size: one of `sizes`, the first if not given (images: or the fields of a unet.Size)."""
         return self.make(self, students, size or self.sizes[0])
@@ -99,16 +105,6 @@ def facts(name: str, resolution: int = 0) -> Facts:
 def stratified(batch: int, classes: int, device="cpu") -> Tensor:
     """Labels [batch] in turn: 0, 1, …, classes - 1, 0, …: equal shares, as an evaluation wants them."""
     return torch.arange(batch, device=device) % classes
-
-
-def to_float(x: Tensor) -> Tensor:
-    """uint8 0…255 -> [-1, 1]."""
-    return x.float() / 127.5 - 1
-
-
-def to_uint8(x: Tensor) -> Tensor:
-    """[-1, 1] -> 0…255, as EDM's generate.py rounds: 127.5 x + 128, cut off."""
-    return (x.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
 # ------------------------------------------------------------------------------------------------------------- sources
@@ -172,7 +168,7 @@ class Images:
         after = (*key[:2], step + 1, *key[3:])
         self.ahead = {k: v for k, v in self.ahead.items() if k[2] >= step}
         self.ahead[after] = self.worker.submit(self._read, draws, step + 1, batch, part)
-        x = to_float(x.to(draws.device))
+        x = common.to_float(x.to(draws.device))
         if self.flip:
             mirrored = draws.uniform(step, "flip", batch)[:, part, None, None, None] < 0.5
             x = torch.where(mirrored, x.flip(-1), x)
@@ -329,35 +325,36 @@ def _decode(path: Path, listing, channels: int, target: Path, quiet: bool) -> np
             wrong = error
     else:
         raise wrong
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        out = _room(temporary, (len(names), *shape))
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise common.UserError(f"cannot write {temporary}: {error.strerror}; choose another --out") from None
-    try:
-        with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
-            blocks = range(0, len(names), 4096)
-            for begin in common.bar(blocks, f"decoding {path.name}", len(blocks), quiet):
-                for i, x in enumerate(pool.map(one, names[begin:begin + 4096]), begin):
-                    if x.shape != shape:
-                        raise _bad(path, f"images of several sizes: {names[0]} is {shape[1]} x {shape[2]}, {names[i]} {x.shape[1]} x {x.shape[2]}")
-                    out[i] = x
-    except common.UserError:
-        temporary.unlink(missing_ok=True)
-        raise
-    out.flush()
-    os.replace(temporary, target)
+    with _array(target, (len(names), *shape)) as out, ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
+        blocks = range(0, len(names), 4096)
+        for begin in common.bar(blocks, f"decoding {path.name}", len(blocks), quiet):
+            for i, x in enumerate(pool.map(one, names[begin:begin + 4096]), begin):
+                if x.shape != shape:
+                    raise _bad(path, f"images of several sizes: {names[0]} is {shape[1]} x {shape[2]}, {names[i]} {x.shape[1]} x {x.shape[2]}")
+                out[i] = x
     return np.load(target, mmap_mode="r+")
 
 
-def _room(path: Path, shape) -> np.ndarray:
-    """A memory-mapped array uint8 whose space on the disk is reserved: a full disk shows now, as an OSError."""
-    out = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
-    with open(path, "r+b") as f:
-        os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
-    return out
+@contextlib.contextmanager
+def _array(target: Path, shape):
+    """A memory-mapped array uint8 to fill, renamed to `target` when it is whole and removed if it never is.
+
+    Its space on the disk is reserved first: a full disk is a UserError now, not a crash in the middle."""
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+            with open(temporary, "r+b") as f:
+                os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
+        except OSError as error:
+            raise common.UserError(f"cannot write {temporary}: {error.strerror}; choose another --out") from None
+        yield out
+        out.flush()
+        os.replace(temporary, target)
+    finally:
+        if os.access(target.parent, os.W_OK):
+            temporary.unlink(missing_ok=True)
 
 
 def _batches(folder: Path, files: list[Path], target: Path, quiet: bool) -> tuple[np.ndarray, list[int]]:
@@ -383,18 +380,8 @@ def _batches(folder: Path, files: list[Path], target: Path, quiet: bool) -> tupl
             raise _bad(path, f"not a batch of the downsampled ImageNet ({type(error).__name__}: {error})".splitlines()[0]) from None
     if len({p.shape[1:] for p in x}) > 1 or len(label) != sum(map(len, x)):
         raise _bad(folder, "batches of several sizes, or labels that do not match the images")
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        out = _room(temporary, (len(label), *x[0].shape[1:]))
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise common.UserError(f"cannot write {temporary}: {error.strerror}; choose another --out") from None
-    at = 0
-    for part in x:
-        out[at:at + len(part)], at = part, at + len(part)
-    out.flush()
-    os.replace(temporary, target)
+    with _array(target, (len(label), *x[0].shape[1:])) as out:
+        np.concatenate(x, out=out)
     return np.load(target, mmap_mode="r+"), label
 
 
@@ -563,7 +550,7 @@ def judge(flags, source, device, ranks) -> Judge:
     if flags.features:
         net = fid.Inception(flags.features, device)
     else:
-        path = home / f"classifier-{known.shape[-1]}px.pt"
+        path = home / f"classifier-{known.resolution}px.pt"
         if ranks.rank == 0 and not path.exists():
             print(f"{path}: training a classifier for {known.name}, the judge of images …", flush=True)
             fid.save_classifier(path, fid.train_classifier(source().x, source().label, known.classes, device=device, quiet=flags.quiet))
@@ -571,7 +558,7 @@ def judge(flags, source, device, ranks) -> Judge:
         net = fid.load_classifier(path).to(device)
 
     def pixels(x: Tensor) -> Tensor:
-        return x if x.dtype == torch.uint8 else to_uint8(x).cpu()   # a sample is judged as the image that would be saved
+        return common.to_uint8(x).cpu()   # a sample is judged as the image that would be saved
 
     def statistics(x: Tensor, label: Tensor) -> Features:
         return Features(net.features(pixels(x)), label)
@@ -580,7 +567,7 @@ def judge(flags, source, device, ranks) -> Judge:
         if not isinstance(net, fid.Classifier):
             return {}
         with torch.no_grad():
-            said = torch.cat([net(to_float(p.to(device))).argmax(1).cpu() for p in pixels(x).split(1024)])
+            said = torch.cat([net(common.to_float(p.to(device))).argmax(1).cpu() for p in pixels(x).split(1024)])
         return {"right class": (said == label.cpu()).double().mean().item()}
 
     @functools.lru_cache

@@ -409,6 +409,7 @@ def keep_best(run: common.Stage, step: int, distance: Tensor, ema, best, record:
 
 def check_flags(flags: Flags) -> None:
     """Raise UserError for values that are fine alone but not together."""
+    facts = data.DATASETS[flags.dataset]
     for name in ("bins", "fake_bins"):
         bins = getattr(flags, name)
         if len(bins) != 2 or not 0 <= bins[0] <= bins[1] <= 999:
@@ -416,14 +417,12 @@ def check_flags(flags: Flags) -> None:
     if flags.dm_weight > 0 and not flags.fake_bins[0] <= flags.bins[0] <= flags.bins[1] <= flags.fake_bins[1]:
         raise common.UserError(f"--bins {' '.join(map(str, flags.bins))}: the fake denoiser trains on bins {flags.fake_bins[0]} to "
                                f"{flags.fake_bins[1]} only; widen --fake-bins")
-    if flags.distance == "lpips" and data.DATASETS[flags.dataset].stacked:
+    if flags.distance == "lpips" and facts.stacked:
         raise common.UserError(f"--distance lpips: needs images; {flags.dataset} takes l2 or mse")
-    if flags.fake == "kde" and data.DATASETS[flags.dataset].exact is None:
+    if flags.fake == "kde" and facts.exact is None:
         raise common.UserError(f"--fake kde: an oracle for the toy; {flags.dataset} needs --fake net")
-    check = {"--tag": flags.tag, "--against": getattr(flags, "against", "")}
-    for name, tag in check.items():
-        common.check_tag(name, tag)
-    facts = data.DATASETS[flags.dataset]
+    for name in ("tag", "against"):                                 # the second is msd.py's
+        common.check_tag(common.option(name), getattr(flags, name, ""))
     for name in ("pairs", "eval_samples", "select_samples") if not facts.stacked else ():
         if getattr(flags, name) < 2 * facts.classes:                # every class needs a mean and a covariance
             raise common.UserError(f"{common.option(name)} {getattr(flags, name)}: at least two per class, {2 * facts.classes}")
@@ -442,7 +441,7 @@ class Inputs:
     """What every student of every sweep needs; row i belongs to the i-th seed."""
     teachers: list                                                  # Precond stacks of one
     pairs: dict                                                     # {"z", "y": [seeds, N, *shape], "label": [seeds, N]}
-    references: dict                                                # {seed: {"select", "report", "floor", "truth", …: statistics}}
+    references: dict                                                # {seed: {"select", "report", "real": statistics, "floor", "floor_data": float}}
     judge: data.Judge
 
 
@@ -551,7 +550,7 @@ def train_group(flags: Flags, group: list[Path], of_folder: dict, members: list,
                       [pair_index[i].to(device) for i in chosen], inputs.judge,
                       {s: r["select"] for s, r in inputs.references.items()}, device)
     for folder, rows in slices.items() if run.main else ():
-        about = {"dataset": facts.name, "resolution": facts.shape[-1] if facts.native else 0, "size": size,
+        about = {"dataset": facts.name, "resolution": facts.resolution, "size": size,
                  "partition": [m.classes for m in stack[rows]], "seconds": run.seconds()}
         for name, D in (("best.pt", best), ("ema.pt", ema)):
             common.save_tensors(folder / name, {**about, "net": common.rows_of(D, rows, len(stack))})

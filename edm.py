@@ -259,7 +259,7 @@ def seeds(flags: Flags) -> list[int]:
 def origin(flags: Flags, seed: int) -> dict:
     """Dataset, resolution and seed: the first lines of every config.json."""
     known = data.facts(flags.dataset, flags.resolution)
-    return {"dataset": known.name, **({"resolution": known.shape[-1]} if known.native else {}), "seed": seed}
+    return {"dataset": known.name, **({"resolution": known.resolution} if known.native else {}), "seed": seed}
 
 
 def lineage(flags: Flags, seed: int) -> dict:
@@ -335,7 +335,7 @@ def get_teachers(flags: Flags, source, device, ranks: common.Ranks) -> list[Prec
                 one = Precond(facts.net(1, flags.teacher_size), facts.sigma_data).requires_grad_(False)
                 one.load_state_dict(net)
                 compare(one, facts, members[i].seed, folder)
-            common.save_tensors(folder / "ema.pt", {"dataset": facts.name, "resolution": facts.shape[-1] if facts.native else 0,
+            common.save_tensors(folder / "ema.pt", {"dataset": facts.name, "resolution": facts.resolution,
                                                     "size": flags.teacher_size or facts.sizes[0], "net": net})
     ranks.wait()
     return [ready_teacher(load_teacher(f / "ema.pt"), flags, device) for f in folders.values()]

@@ -178,11 +178,7 @@ class Classifier(nn.Module):
         """[N, 64] float32 on the CPU, of uint8 images [N, C, H, W]. UserError if they are not of `shape`."""
         if tuple(images.shape[1:]) != self.shape:
             raise UserError(f"the images are {_kind(images.shape[1:])}, the classifier's {_kind(self.shape)}")
-        return torch.cat([self.embed(_scaled(x.to(self.out.weight.device))).cpu() for x in images.split(batch)])
-
-
-def _scaled(images: Tensor) -> Tensor:
-    return images.float() / 127.5 - 1
+        return torch.cat([self.embed(common.to_float(x.to(self.out.weight.device))).cpu() for x in images.split(batch)])
 
 
 def _kind(shape) -> str:
@@ -208,7 +204,7 @@ def train_classifier(x: Tensor, label: Tensor, classes: int, seed: int = 0, epoc
     for step, rows in enumerate(common.bar(batches, "classifier", len(batches), quiet)):
         common.set_learning_rate(optimizer, common.learning_rate(lr, step, len(batches), len(batches) // 10, "cosine"))
         target = label[rows].to(device)
-        logits = net(_scaled(x[rows].to(device)))
+        logits = net(common.to_float(x[rows].to(device)))
         loss = F.cross_entropy(logits, target)
         optimizer.zero_grad()
         loss.backward()

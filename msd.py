@@ -210,7 +210,7 @@ def evaluate(flags: Flags, inputs: dmd.Inputs, device) -> dict:
     """Sample every student set of the run, measure it against the teacher and the data, and return results.json."""
     facts, N, seeds, judge = data.facts(flags.dataset, flags.resolution), flags.eval_samples, edm.seeds(flags), inputs.judge
     label = data.stratified(N, facts.classes)
-    chunk = min(16_384, facts.chunk) if not facts.stacked else 16_384
+    chunk = 16_384 if facts.stacked else facts.chunk
     of_k: dict[str, list] = {str(K): [] for K in flags.students}
     teacher, floor, floor_data = [], [], []
     for seed in seeds:
@@ -228,7 +228,7 @@ def evaluate(flags: Flags, inputs: dmd.Inputs, device) -> dict:
             x = torch.empty_like(z)
             for rows in order.split(chunk):
                 x[rows] = route(students.G, students.router, z[rows].to(device), label[rows].to(device)).cpu()
-            x = x if facts.stacked else data.to_uint8(x)
+            x = x if facts.stacked else common.to_uint8(x)
             common.save_tensors(folder / "samples.pt", {"x": x, "label": label, "student": students.router(label)})
             mine = judge.statistics(x, label)
             per_class = [judge.distance(mine, report, [c]) for c in range(facts.classes)] if facts.classes <= 100 else []

@@ -213,8 +213,7 @@ def image_samples(results: dict, home: Path, folders: dict, columns: int = 8, ro
         sets[f"{K} student{'s' * (K > 1)}, one evaluation"] = (s["x"], s["label"])
     label = next(v for _, v in sets.values() if v is not None)
     pick = torch.cat([(label == c).nonzero()[:columns, 0] for c in label.unique()[:rows]])
-    return image_panels({k: (x[pick] if x.dtype == torch.uint8 else (x[pick].float() * 127.5 + 128).clamp(0, 255).to(torch.uint8))
-                         for k, (x, _) in sets.items()}, columns)
+    return image_panels({k: common.to_uint8(x[pick]) for k, (x, _) in sets.items()}, columns)
 
 
 def fd_against_k(results: dict) -> plt.Figure:

@@ -20,7 +20,6 @@ from PIL import Image
 
 import common
 import data
-import dmd
 import edm
 import msd
 import plot
@@ -162,7 +161,7 @@ def write_points(out: Path, made: dict, label: np.ndarray, seeds: np.ndarray, fo
 
 def write_images(out: Path, made: dict, label: np.ndarray, seeds: np.ndarray, folders: bool) -> list[Path]:
     """Images: an npz each in the ADM evaluator's layout (arr_0 uint8 [N, H, W, C], arr_1 labels), a grid, folders by seed."""
-    paths, pixels = [], {name: data.to_uint8(x) for name, x in made.items()}
+    paths, pixels = [], {name: common.to_uint8(x) for name, x in made.items()}
     for name, x in pixels.items():
         paths.append(out.with_name(f"{out.name}-{name}.npz"))
         rows = x.permute(0, 2, 3, 1).numpy()                                                    # [N, H, W, C]

@@ -16,7 +16,6 @@ teacher that is distilled does not use it.
 Precision: master weights stay float32. On a GPU everything between the first and the last convolution runs in bfloat16
 (float16 diverges); `precision` says otherwise. Embeddings of noise level and class are computed in float32.
 """
-import math
 from typing import NamedTuple
 
 import torch
@@ -38,7 +37,7 @@ SIZES = {                                                           # [MSD Table
     "XS": Size(128, (1, 2, 2, 4), 2),
     "XXS": Size(96, (1, 2, 2, 2), 2),
 }
-LAPTOP = {                                                          # for 16 and 32 grey pixels on a CPU: ours
+LAPTOP = {                                                          # for 16 and 32 grey pixels on a CPU: ours; only B has 64 channels, a head of attention
     "B": Size(16, (1, 2, 4), 1, (8, 4)),
     "S": Size(16, (1, 2, 2), 1, (8, 4)),
     "XS": Size(16, (1, 1, 2), 1, (8, 4)),

@@ -146,8 +146,8 @@ def test_half_of_the_images_are_mirrored():
 
 def test_rounding_there_and_back():
     x = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(data.to_uint8(data.to_float(x)), x)
-    assert data.to_uint8(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
+    assert torch.equal(common.to_uint8(common.to_float(x)), x)
+    assert common.to_uint8(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
 
 
 def test_features_by_class_are_the_distance_of_the_parts():

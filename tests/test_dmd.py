@@ -1,6 +1,4 @@
 """DM: the surrogate's gradient, its sign and zero, who gets gradients, the fake denoiser, the pairs."""
-import copy
-from types import SimpleNamespace
 
 import pytest
 import torch

@@ -56,7 +56,7 @@ def test_fd_in_the_results_is_the_distance_of_the_saved_samples(image_run, capsy
     """results.json against fid.py's command line, from samples.pt and the data alone."""
     net = fid.load_classifier(image_run / "data" / "classifier-16px.pt")
     saved = common.load_tensors(image_run / "seed0/students3/dm/samples.pt")
-    y = data.to_uint8(common.load_shards(image_run / "seed0/reference", "report"))
+    y = common.to_uint8(common.load_shards(image_run / "seed0/reference", "report"))
     expected = fid.frechet_distance(*fid.statistics(net.features(saved["x"])), *fid.statistics(net.features(y)))
     assert common.load_json(image_run / "results.json")["students"]["3"]["fd"] == pytest.approx(expected, rel=1e-9)
     np.savez(image_run / "teacher.npz", arr_0=y.permute(0, 2, 3, 1).numpy())
@@ -112,7 +112,7 @@ def test_sampling_writes_what_others_read(image_run, tmp_path, capsys):
         assert f["arr_0"].shape == (6, 16, 16, 1) and f["arr_0"].dtype == np.uint8 and f["arr_1"].tolist() == [2, 9] * 3
         image = np.asarray(Image.open(tmp_path / "s-students" / "000004.png"))
         assert np.array_equal(image, f["arr_0"][1, ..., 0])
-        x = data.to_uint8(msd.generate(image_run / "seed0/students3", torch.tensor([9]), [4]))
+        x = common.to_uint8(msd.generate(image_run / "seed0/students3", torch.tensor([9]), [4]))
         assert np.abs(x[0, 0].numpy().astype(int) - image).max() <= 1
     assert fid.read_images(tmp_path / "s-teacher.npz")[0].shape == (6, 1, 16, 16) and (tmp_path / "s.png").exists()
 

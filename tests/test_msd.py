@@ -1,6 +1,5 @@
 """Partition, F_DM, router, sampling by seed; K = 1 is dmd.py; resume bit for bit; a stack does not notice its neighbours."""
 import json
-import os
 import shutil
 import signal
 import subprocess
