@@ -106,7 +106,8 @@ class _Parser(argparse.ArgumentParser):
 def parse(cls, presets: dict, argv=None, doc: str = ""):
     """Command line -> instance of the dataclass `cls`, with `.source[name]` telling where each value comes from.
 
-    presets: {(dataset, preset): {name: value}}. Flag beats preset beats default. Raises UserError on any misuse."""
+    presets: {(dataset, preset): {name: value}}; (dataset, preset, student size) adds to it. Flag beats preset beats default.
+    Raises UserError on any misuse."""
     parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
@@ -135,9 +136,9 @@ def parse(cls, presets: dict, argv=None, doc: str = ""):
     plain = cls()
     dataset, preset = (given.get(n, getattr(plain, n, None)) for n in ("dataset", "preset"))
     if (dataset, preset) not in presets:
-        names = [p for d, p in presets if d == dataset]
+        names = [key[1] for key in presets if key[0] == dataset and len(key) == 2]
         raise UserError(f"--preset {preset}: not known for {dataset}{_near(preset, names)} (one of {', '.join(names)})")
-    chosen = presets[dataset, preset]
+    chosen = {**presets[dataset, preset], **presets.get((dataset, preset, given.get("student_size")), {})}
     out = cls(**{**chosen, **given})
     out.source = {f.name: "flag" if f.name in given else f"preset {preset}" if f.name in chosen else "default"
                   for f in dataclasses.fields(cls)}
@@ -265,7 +266,7 @@ class Ranks:
         """Add up the gradients of all ranks (each already divided by the global batch)."""
         if self.size > 1:                                           # nothing overlaps with the backward pass: readable first
             with _reached():
-                for work in [dist.all_reduce(p.grad, group=self.group, async_op=True) for p in net.parameters()]:
+                for work in [dist.all_reduce(p.grad, group=self.group, async_op=True) for p in net.parameters() if p.grad is not None]:
                     work.wait()
 
     def total(self, value: Tensor) -> Tensor:
@@ -395,7 +396,7 @@ def clip_gradients(net: torch.nn.Module, max_norm: float, members: int) -> None:
     """Scale each member's gradient to an l2 norm of at most max_norm; 0 = off. Members never share a norm."""
     if not max_norm:
         return
-    grads = [p.grad.view(members, -1) for p in net.parameters()]
+    grads = [p.grad.view(members, -1) for p in net.parameters() if p.grad is not None]
     norm = sum(g.square().sum(1) for g in grads).sqrt()                                          # [M]
     scale = (max_norm / (norm + 1e-12)).clamp(max=1)
     for g in grads:

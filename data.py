@@ -187,6 +187,25 @@ class Images:
         return hashlib.sha256(self.label.numpy().tobytes() + some.numpy().tobytes()).hexdigest()[:16]
 
 
+class Generated:
+    """A teacher's samples in the place of the data [MSD App. D.3.3]: y [seeds, N, *shape], label [seeds, N], drawn with replacement."""
+
+    def __init__(self, y: Tensor, label: Tensor, seeds: list[int]):
+        self.y, self.label, self.seeds = y, label, seeds
+
+    def batch(self, draws: common.Draws, step: int, batch: int, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """y [M, b, *shape] and labels [M, b] of each member's classes: `part` of the batch of this step. UserError if it has none."""
+        row, index = [self.seeds.index(m.seed) for m in draws.members], []
+        for r, m, g in zip(row, draws.members, draws.generators(step, "generated")):
+            own = torch.isin(self.label[r], torch.tensor(m.classes, device=self.label.device)).nonzero()[:, 0]
+            if not len(own):
+                raise common.UserError(f"--real generated: no pair of the classes {list(m.classes)}; give more --pairs")
+            index.append(own[torch.randint(len(own), (batch,), generator=g, device=draws.device).to(own.device)])
+        row, index = torch.tensor(row, device=self.y.device)[:, None], torch.stack(index)[:, part]
+        y = self.y[row, index].to(torch.get_default_dtype() if self.y.dtype == torch.float16 else self.y.dtype)
+        return y.to(draws.device), self.label[row, index].to(draws.device)
+
+
 # --------------------------------------------------------------------------------------------------------- reading files
 
 def _bad(path, what: str) -> common.UserError:
@@ -482,7 +501,8 @@ class Judge:
     statistics: Callable                   # statistics(x, label) -> what `distance` compares; x in [-1, 1] or uint8
     distance: Callable                     # distance(statistics, statistics, classes=None) -> float, 0 = equal
     check: Callable                        # check(x, label) -> {name: value}, further numbers about samples
-    truth: Callable                        # truth(seed, number) -> {"real": statistics of the data, "floor_data": float}
+    truth: Callable                        # truth(seed, number) -> {"real": statistics of the data, "floor_data": float, and
+                                           # "real_select": the data's for choosing checkpoints (toy: another draw of them)}
 
 
 def toy_statistics(x: Tensor, label: Tensor) -> Tensor:
@@ -499,7 +519,7 @@ def toy_distance(a: Tensor, b: Tensor, classes=None) -> float:
 
 def _toy_truth(seed: int, number: int) -> dict:
     drawn = [toy_statistics(x, label) for x, label in Mixture().truth(seed, number)]
-    return {"real": drawn[0], "floor_data": toy_distance(*drawn)}
+    return {"real": drawn[0], "real_select": drawn[1], "floor_data": toy_distance(*drawn)}
 
 
 TOY_JUDGE = Judge("l1", toy_statistics, toy_distance, toy_mog.coverage, _toy_truth)
@@ -580,5 +600,5 @@ def judge(flags, source, device, ranks) -> Judge:
         ranks.wait()
         saved = common.load_tensors(kept)
         sets = [Features(f, label) for f, label in zip(saved["features"], saved["label"])]
-        return {"real": sets[0], "floor_data": feature_distance(*sets)}
+        return {"real": sets[0], "real_select": sets[0], "floor_data": feature_distance(*sets)}
     return Judge(net.name, statistics, feature_distance, check, lambda seed, number: dict(real()))

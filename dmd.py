@@ -31,8 +31,11 @@ Many GPUs    torchrun --nproc-per-node 8 dmd.py --dataset imagenet64 --teacher e
 """
 import copy
 import dataclasses
+import functools
+import hashlib
 import math
 from pathlib import Path
+from typing import Callable
 
 import torch
 from torch import Tensor
@@ -298,17 +301,19 @@ def first_kl_step(flags: Flags) -> int:
     return flags.steps if flags.dm_weight == 0 else flags.reg_warmup if flags.reg_weight > 0 else 0
 
 
-def train(run: common.Stage, flags: Flags, members, teacher, net, pairs: dict, pair_index: list, judge, references: dict, device):
+def train(run: common.Stage, flags: Flags, members, teacher, net, pairs: dict, pair_index: list, judge, references: dict, device,
+          fake_net=None):
     """Train the stack of generators that `net` initialises; returns (last, best) averaged weights of each member.
 
     members: M students, each with its classes Y_k; KL conditions come from these alone [MSD Sec. 3.2, F_DM]
-    teacher: denoiser (x, sigma, label) -> mu_real, [M, B, ...], never changed;  net: stack of M Precond nets, copied
+    teacher: denoiser (x, sigma, label) -> mu_real, [M, B, ...], never changed;  net, fake_net: stacks of M Precond nets that G and mu_fake
+             start from, copied; without fake_net (students of the teacher's size) both start from `net`
     pairs:   {"z", "y": [seeds, N, *shape], "label": [seeds, N], "row": [M]}, row m tells member m's seed
     pair_index: per member, the pairs it may use: all of them, or `--filter-pairs`;  judge, references: see own_distance"""
     facts = data.facts(flags.dataset, flags.resolution)
     draws, ranks = common.Draws("dm", members, device), run.ranks
     names = [f"student {m.student} of {m.students}, seed {m.seed}" for m in members]
-    G, mu_fake = copy.deepcopy(net), copy.deepcopy(net)
+    G, mu_fake = copy.deepcopy(net), copy.deepcopy(fake_net or net)
     ema, best = copy.deepcopy(net).requires_grad_(False), copy.deepcopy(net).requires_grad_(False)
     edm.compiled(flags, G, mu_fake, ema)
     betas = (flags.beta1, flags.beta2)
@@ -445,8 +450,10 @@ class Inputs:
     judge: data.Judge
 
 
-def get_inputs(flags: Flags, device, ranks) -> Inputs:
-    """Teacher, pairs, the judge and what it compares with, for each seed: made now, or reused from the run folder."""
+def get_inputs(flags: Flags, device, ranks, get_teachers=edm.get_teachers) -> Inputs:
+    """Teacher, pairs, the judge and what it compares with, for each seed: made now, or reused from the run folder.
+
+    get_teachers(flags, source, device, ranks) gives the networks whose weights students start from, one per seed."""
     facts = data.facts(flags.dataset, flags.resolution)
     source = data.opened(flags, ranks)
     if not facts.stacked:                                           # what is wanted hours from now: is it there?
@@ -456,7 +463,7 @@ def get_inputs(flags: Flags, device, ranks) -> Inputs:
         if ranks.rank == 0 and flags.distance == "lpips" and flags.reg_weight > 0:
             lpips_distance("cpu")
         ranks.wait()
-    teachers = edm.get_teachers(flags, source, device, ranks)
+    teachers = get_teachers(flags, source, device, ranks)
     judge = data.judge(flags, source, device, ranks)
     pairs, references = [], {}
     for seed, D in zip(edm.seeds(flags), teachers):
@@ -485,76 +492,158 @@ def get_inputs(flags: Flags, device, ranks) -> Inputs:
     return Inputs(teachers, joined, references, judge)
 
 
-def stage_folder(flags: Flags, seed: int, students: int, stage: str = "dm") -> Path:
-    """OUT/seedS/studentsK[-TAG]/STAGE."""
-    return Path(flags.out) / f"seed{seed}" / f"students{students}{common.suffix(flags.tag)}" / stage
+def stage_folder(flags: Flags, seed: int, students: int, stage: str = "dm", tag: str | None = None) -> Path:
+    """OUT/seedS/studentsK[-TAG]/STAGE; tag: another than --tag."""
+    return Path(flags.out) / f"seed{seed}" / f"students{students}{common.suffix(flags.tag if tag is None else tag)}" / stage
 
 
-def config(flags: Flags, seed: int) -> dict:
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What one student's generator begins with."""
+    name: str                                                       # for config.json: teacher, random, or where and a hash of its flags
+    load: Callable                                                  # load() -> Precond, a stack of one
+
+
+def read_students(path: Path) -> tuple[dict, edm.Precond]:
+    """A checkpoint of students: what it says about them (facts, size, partition …) and their frozen stack. UserError if it is none."""
+    saved = common.load_tensors(path)
+    try:
+        facts = data.facts(saved["dataset"], saved.get("resolution", 0))
+        G = edm.Precond(facts.net(len(saved["partition"]), saved["size"]), facts.sigma_data)
+        G.load_state_dict(saved["net"])
+        return {**saved, "facts": facts}, G.requires_grad_(False)
+    except (KeyError, TypeError, RuntimeError, IndexError, AttributeError, ValueError):
+        raise common.UserError(f"{path}: not a students' checkpoint of this code") from None
+
+
+def load_student(home: Path, name: str, k: int) -> edm.Precond:
+    """Student k of a stage folder, frozen, a stack of one; its attribute `size` says which."""
+    path = home / f"student{k}" / name if (home / f"student{k}").is_dir() else home / name
+    return _row(path, path.stat().st_mtime_ns if path.exists() else 0, k if path.parent == home else 0)
+
+
+@functools.lru_cache(maxsize=8)
+def _row(path: Path, changed: int, k: int) -> edm.Precond:
+    saved, G = _read(path, changed)
+    members = len(saved["partition"])
+    if not k < members:
+        raise common.UserError(f"{path}: {members} students, but number {k} is asked for")
+    one = edm.Precond(saved["facts"].net(1, saved["size"]), G.sigma_data).requires_grad_(False)
+    one.load_state_dict(common.rows_of(G, slice(k, k + 1), members))
+    one.size = saved["size"]
+    return one
+
+
+_read = functools.lru_cache(maxsize=2)(lambda path, changed: read_students(path))
+
+
+def start_from(home: Path, name: str, k: int) -> Start:
+    """The start that another stage's folder holds. UserError if that stage is not there."""
+    path = home / f"student{k}" if (home / f"student{k}").is_dir() else home
+    if not (path / name).exists():
+        raise common.UserError(f"{path}: no {name} to start from; train that stage first")
+    flags = common.load_json(path / "config.json")
+    digest = hashlib.blake2b(repr(sorted(flags.items())).encode(), digest_size=4).hexdigest()
+    return Start(f"{home.parent.name}/{home.name} {digest}", lambda: load_student(home, name, k))
+
+
+def random_start(facts: data.Facts, size, seed: int) -> Start:
+    """Fresh weights, the same for all students of a seed."""
+    def load():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(67280421310721 + seed)
+            D = edm.Precond(facts.net(1, size), facts.sigma_data).requires_grad_(False)
+        D.size = size
+        return D
+    return Start("random", load)
+
+
+def config(flags: Flags, seed: int, start: Start | None = None) -> dict:
     """The flags that determine the students of a seed, but for K and the partition."""
     judge = {} if data.DATASETS[flags.dataset].stacked else {"features": Path(flags.features).name or "classifier"}
-    return {**edm.lineage(flags, seed), **judge, "sampler_steps": flags.sampler_steps, "weight_decay": flags.weight_decay,
+    begin = {} if start is None or start.name == "teacher" else {"start": start.name, **common.stage_config(flags, "size")}
+    return {**edm.lineage(flags, seed), **judge, **begin, "sampler_steps": flags.sampler_steps, "weight_decay": flags.weight_decay,
             **common.stage_config(flags, "pairs"), **common.stage_config(flags, "dm")}
 
 
-def distil(flags: Flags, members: list, pair_index: list, inputs: Inputs, device, ranks) -> None:
-    """G_k = Distill_DM(mu_teacher, F_DM(D, Y_k)) for all members [MSD Eq. 2, first line].
+def networks(flags: Flags, starts: list[Start], row: list[int], inputs: Inputs, device):
+    """Stacks of M: the generators at their start, mu_teacher, and mu_fake at its start, which is the teacher's weights.
 
-    Train every folder of `members` that is not finished; leave ema.pt and best.pt in each. The toy's students train as one
-    stack, on all ranks; images have a folder per student, and the students of one K go to ranks of their own."""
-    facts, results = data.facts(flags.dataset, flags.resolution), ("best.pt", "ema.pt", "done.json")
+    row: per member, which teacher. mu_fake has the teacher's size, whatever the generators' is."""
+    facts, size = data.facts(flags.dataset, flags.resolution), inputs.teachers[0].size
+    begin = [s.load() for s in starts]
+    G = edm.ready(facts.net(len(begin), getattr(begin[0], "size", size)), begin[0].sigma_data, flags, device)
+    G.load_state_dict(common.stack_of(begin))
+    fake = edm.ready(facts.net(len(row), size), inputs.teachers[0].sigma_data, flags, device)
+    fake.load_state_dict(common.stack_of([inputs.teachers[r] for r in row]))
+    teacher = (facts.exact if flags.teacher == "exact" else inputs.teachers[row[0]] if len(row) == 1
+               else copy.deepcopy(fake).requires_grad_(False))
+    edm.compiled(flags, teacher)
+    return G, teacher, fake
+
+
+def distil(flags: Flags, members: list, pair_index: list, starts: list[Start], inputs: Inputs, device, ranks) -> None:
+    """G_k = Distill_DM(mu_teacher, F_DM(D, Y_k)) for all members [MSD Eq. 2, first line]: best.pt and ema.pt in each folder."""
+    seeds = edm.seeds(flags)
+
+    def train_stack(run, index: list[int]) -> dict:
+        stack, row = [members[i] for i in index], [seeds.index(members[i].seed) for i in index]
+        net, teacher, fake = networks(flags, [starts[i] for i in index], row, inputs, device)
+        ema, best = train(run, flags, stack, teacher, net, {**inputs.pairs, "row": torch.tensor(row, device=device)},
+                          [pair_index[i].to(device) for i in index], inputs.judge,
+                          {s: r["select"] for s, r in inputs.references.items()}, device, fake)
+        return {"best.pt": best, "ema.pt": ema}
+    homes = [stage_folder(flags, m.seed, m.students) for m in members]
+    train_all(flags, "dm", members, homes, [config(flags, m.seed, s) for m, s in zip(members, starts)], flags.steps, train_stack, starts, ranks)
+
+
+def train_all(flags: Flags, stage: str, members: list, homes: list[Path], configs: list[dict], steps: int, train_stack, starts: list[Start],
+              ranks, results: tuple[str, ...] = ("best.pt", "ema.pt")) -> None:
+    """Train every folder of `members` that lacks `results`: train_stack(run, index) -> {file: nets of the stack members[index]}.
+
+    homes: per member, its stage's folder (seed0/students8/dm); configs: the flags that determine it. The toy's students train
+    as one stack, on all ranks; images have a folder per student, and the students of one K go to ranks of their own."""
+    facts, files = data.facts(flags.dataset, flags.resolution), (*results, "done.json")
     of_folder: dict[Path, list[int]] = {}
     sets: dict[Path, list[Path]] = {}                               # the folders of one seed and one K
-    parts = {(m.seed, m.students): [o.classes for o in members if (o.seed, o.students) == (m.seed, m.students)] for m in members}
-    for i, m in enumerate(members):
-        home = stage_folder(flags, m.seed, m.students)
+    for i, (m, home) in enumerate(zip(members, homes)):
         folder = home if facts.stacked else home / f"student{m.student}"
         of_folder.setdefault(folder, []).append(i)
         sets.setdefault(home, []).append(folder)
     for folder, index in of_folder.items():
         first = members[index[0]]
-        mine = {"partition": parts[first.seed, first.students]} if facts.stacked else {"student": first.student, "classes": first.classes}
-        common.check_config(folder, {**config(flags, first.seed), "students": first.students, **mine})
-        if common.finished(folder, results) and ranks.rank == 0:
+        mine = {"partition": [members[i].classes for i in index]} if facts.stacked else {"student": first.student, "classes": first.classes}
+        common.check_config(folder, {**configs[index[0]], "students": first.students, **mine})
+        if common.finished(folder, files) and ranks.rank == 0:
             print(f"{folder}: already trained, reused")
-    todo = ranks.first(lambda: common.unfinished(list(of_folder), results, facts.stacked))
+
+    def train_group(group: list[Path], ranks) -> None:              # as one stack, which leaves its weights in these folders
+        slices, chosen = {}, []
+        for folder in group:
+            slices[folder] = slice(len(chosen), len(chosen) + len(of_folder[folder]))
+            chosen += of_folder[folder]
+        stack = [members[i] for i in chosen]
+        name = stage if facts.stacked else f"{stage}, student {stack[0].student} of {stack[0].students}"
+        run = common.Stage(name, slices, steps, flags.save_every, flags.quiet, ranks)
+        nets = train_stack(run, chosen)
+        size = getattr(starts[chosen[0]].load(), "size", None) or flags.teacher_size or facts.sizes[0]
+        for folder, rows in slices.items() if run.main else ():
+            about = {"dataset": facts.name, "resolution": facts.resolution, "size": size,
+                     "partition": [m.classes for m in stack[rows]], "seconds": run.seconds()}
+            for file, D in nets.items():
+                common.save_tensors(folder / file, {**about, "net": common.rows_of(D, rows, len(stack))})
+            common.save_json(folder / "done.json", {"seconds": run.seconds()})
+
+    todo = ranks.first(lambda: common.unfinished(list(of_folder), files, facts.stacked))
     if facts.stacked:
         for group in todo:
-            train_group(flags, group, of_folder, members, pair_index, inputs, device, ranks)
+            train_group(group, ranks)
     else:
         for folders in sets.values():
             mine, own = ranks.split(len(folders))
             for folder in [folders[i] for i in mine if [folders[i]] in todo]:
-                train_group(flags, [folder], of_folder, members, pair_index, inputs, device, own)
+                train_group([folder], own)
     ranks.wait()
-
-
-def train_group(flags: Flags, group: list[Path], of_folder: dict, members: list, pair_index: list, inputs: Inputs, device, ranks):
-    """Train the students of these folders as one stack and leave their weights there."""
-    facts, seeds = data.facts(flags.dataset, flags.resolution), edm.seeds(flags)
-    slices, chosen = {}, []
-    for folder in group:
-        slices[folder] = slice(len(chosen), len(chosen) + len(of_folder[folder]))
-        chosen += of_folder[folder]
-    stack = [members[i] for i in chosen]
-    row = [seeds.index(m.seed) for m in stack]
-    size = inputs.teachers[0].size
-    net = edm.ready(facts.net(len(stack), size), inputs.teachers[0].sigma_data, flags, device)
-    net.load_state_dict(common.stack_of([inputs.teachers[r] for r in row]))
-    teacher = (facts.exact if flags.teacher == "exact" else inputs.teachers[row[0]] if len(row) == 1
-               else copy.deepcopy(net).requires_grad_(False))
-    edm.compiled(flags, teacher)
-    name = "dm" if facts.stacked else f"dm, student {stack[0].student} of {stack[0].students}"
-    run = common.Stage(name, slices, flags.steps, flags.save_every, flags.quiet, ranks)
-    ema, best = train(run, flags, stack, teacher, net, {**inputs.pairs, "row": torch.tensor(row, device=device)},
-                      [pair_index[i].to(device) for i in chosen], inputs.judge,
-                      {s: r["select"] for s, r in inputs.references.items()}, device)
-    for folder, rows in slices.items() if run.main else ():
-        about = {"dataset": facts.name, "resolution": facts.resolution, "size": size,
-                 "partition": [m.classes for m in stack[rows]], "seconds": run.seconds()}
-        for name, D in (("best.pt", best), ("ema.pt", ema)):
-            common.save_tensors(folder / name, {**about, "net": common.rows_of(D, rows, len(stack))})
-        common.save_json(folder / "done.json", {"seconds": run.seconds()})
 
 
 @common.command
@@ -565,6 +654,8 @@ def main(argv=None):
     if flags.dry_run:
         print(common.describe(flags))
         return
+    if flags.teacher == "exact":
+        raise common.UserError("--teacher exact: it has no weights to start from; python msd.py --teacher exact --students 1 makes them by TSM")
     device = common.device(flags.device, flags.threads)
     ranks = common.world(device)
     facts = data.facts(flags.dataset, flags.resolution)
@@ -574,7 +665,8 @@ def main(argv=None):
         inputs = get_inputs(flags, device, ranks)
     members = [common.Member(seed, 1, 0, tuple(range(facts.classes))) for seed in edm.seeds(flags)]
     everything = torch.arange(flags.pairs)
-    distil(flags, members, [everything] * len(members), inputs, device, ranks)
+    starts = [Start("teacher", lambda D=D: D) for D in inputs.teachers]
+    distil(flags, members, [everything] * len(members), starts, inputs, device, ranks)
     for m in members if ranks.rank == 0 else ():
         print(f"seed {m.seed}: {stage_folder(flags, m.seed, 1)}")
     common.leave(ranks)

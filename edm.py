@@ -124,6 +124,11 @@ class Precond(nn.Module):
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
         return like(c_skip, x) * x + like(c_out, x) * self.net(like(c_in, x) * x, c_noise, label).to(x.dtype)
 
+    def bottleneck(self, x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor:
+        """The network's bottleneck at (x, sigma), without what follows it: what a head sees (adm.py)."""
+        _, _, c_in, c_noise = self.coefficients(sigma)
+        return self.net(like(c_in, x) * x, c_noise, label, features="only").to(x.dtype)
+
 
 def _karras(n: int) -> Tensor:
     """n levels from SIGMA_MAX down to SIGMA_MIN, equally spaced in sigma^(1/rho), float64, with exact ends."""

@@ -1,20 +1,24 @@
-"""Multi-student distillation: partition the classes, run the same stage for each student, route [MSD Sec. 3, Fig. 1].
+"""Multi-student distillation: partition the classes, run the same stages for each student, route [MSD Sec. 3, Fig. 1, Fig. 2].
 
     Y = Y_1 + … + Y_K                                partition        disjoint, covering, of equal size [MSD Sec. 3.1]
     G_k = Distill(mu_teacher, F(D, Y_k))             main             [MSD Eq. 1]
     F_DM(D, Y_k) = (all of D_paired, C_{Y_k})        filter_dm        [MSD Sec. 3.2]: the KL term sees the student's own
                                                                       classes, the regression term every pair
+    F_ADM(D, Y_k) = (D_real of Y_k, C_{Y_k})         filter_adm       [MSD Sec. 3.2]: GAN and KL term see Y_k alone
+    TSM, then DM, then ADM                           run_stages       [MSD Eq. 4]: --stages tsm,dm,adm; without tsm: Eq. 2
     x = G_k(z; y) with y in Y_k                      Router, generate one student answers, one evaluation
 
 The stages themselves know nothing of K: dmd.py trains any list of label sets. The toy's students of all K and all seeds train
 as one stack (one batched matmul a layer), images' students one by one or on ranks of their own; they never touch each other, and
 K = 1 here is dmd.py, bit for bit.
 
-Not here: the losses (dmd.py), the teacher (edm.py), pictures (plot.py), sampling by command (sample.py).
+Not here: the losses (dmd.py, tsm.py, adm.py), the teacher (edm.py), pictures (plot.py), sampling by command (sample.py).
 
-Departures from the paper: none of its own; see edm.py, dmd.py and toy_mog.py.
+Departures from the paper: none of its own; see toy_mog.py, edm.py, dmd.py, tsm.py and adm.py.
 
 Run      python msd.py --dataset toy --students 8
+Stages   python msd.py --dataset toy --students 8 --stages dm,adm
+         python msd.py --dataset toy --students 8 --student-size XS --stages tsm,dm,adm
 Sweep    python msd.py --dataset toy --students 1 2 4 8 --seeds 5
 Images   python msd.py --dataset fashion-mnist --students 1 5
 GPUs     torchrun --nproc-per-node 8 msd.py --dataset imagenet64 --students 4 (on each node; --student k runs one alone)
@@ -28,17 +32,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import adm
 import common
 import data
 import dmd
 import edm
 import plot
+import tsm
 from common import flag
 
 
 @dataclasses.dataclass
-class Flags(dmd.Flags):
+class Flags(adm.Flags):
     """What only several students need, beside the stages' flags."""
+    stages: str = flag("dm", "stages in order, such as dm,adm or tsm,dm,adm; post: the baseline of tsm.py")
+    init: str = flag("", "what the first stage starts from: teacher, random, a checkpoint's path, or the students of another stage and tag "
+                         "(dm, dm-TAG); none = the teacher's weights, for adm the dm stage")
+    classes: str = flag("", "one specialised student, of these classes alone, such as 3,4")
     students: list[int] = flag([8], "number of students K; several numbers are compared (the toy's train as one stack)")
     student: int = flag(-1, "train only this student of each K, for a job array on a cluster; -1 = all", low=-1)
     partition: str = flag("consecutive", "how the classes are split", "dm", ("consecutive",))
@@ -46,7 +56,7 @@ class Flags(dmd.Flags):
     target_l1: float = flag(0.0, "exit with 1 if the l1 of the largest K is above this; 0 = no target", low=0)
 
 
-PRESETS = common.merge(edm.PRESETS, dmd.PRESETS, {
+PRESETS = common.merge(adm.PRESETS_ALL, {
     ("fashion-mnist", "default"): dict(students=[1, 5]), ("fashion-mnist", "smoke"): dict(students=[1, 3]),
     ("cifar10", "default"): dict(students=[1, 5]), ("cifar10", "smoke"): dict(students=[2]),
     ("imagenet64", "default"): dict(students=[4]), ("imagenet64", "paper"): dict(students=[4]),
@@ -80,11 +90,23 @@ def filter_dm(pair_label: Tensor, classes_k: Tensor, filter_pairs: bool = False)
     return classes_k, own
 
 
-class Router:
-    """Which student answers? label [...] -> student index [...], by table look-up. UserError for an unknown label."""
+def filter_adm(real_label: Tensor, classes_k: Tensor) -> tuple[Tensor, Tensor]:
+    """F_ADM(D, Y_k) = (D_real of Y_k, C_{Y_k}) [MSD Sec. 3.2]: the KL and GAN classes, and the indices of the usable real data.
 
-    def __init__(self, parts: list[Tensor]):
-        self.table = torch.empty(sum(len(p) for p in parts), dtype=torch.int64)
+    UserError if the data have none of them."""
+    own = torch.isin(real_label.cpu(), classes_k).nonzero()[:, 0]
+    if not len(own):
+        raise common.UserError(f"ADM needs real data of the classes {classes_k.tolist()}, and there are none")
+    return classes_k, own
+
+
+class Router:
+    """Which student answers? label [...] -> student index [...], by table look-up. UserError for an unknown label.
+
+    classes: how many there are, if the parts do not cover them (one specialised student)."""
+
+    def __init__(self, parts: list[Tensor], classes: int = 0):
+        self.table = torch.full((classes or sum(len(p) for p in parts),), -1)
         for k, part in enumerate(parts):
             self.table[part] = k
 
@@ -92,7 +114,11 @@ class Router:
         if label.numel() and not (0 <= int(label.min()) and int(label.max()) < len(self.table)):
             raise common.UserError(f"class {int(label.max() if label.min() >= 0 else label.min())}: "
                                    f"this run has classes 0 to {len(self.table) - 1}")
-        return self.table[label.cpu()].to(label.device)
+        student = self.table[label.cpu()]
+        if (student < 0).any():
+            raise common.UserError(f"class {int(label.cpu()[student < 0][0])}: no student for it; this run has the classes "
+                                   f"{' '.join(map(str, (self.table >= 0).nonzero()[:, 0].tolist()))}")
+        return student.to(label.device)
 
 
 def route(G, router: Router, z: Tensor, label: Tensor) -> Tensor:
@@ -152,23 +178,19 @@ class Students:
 
 
 def _read_students(path: Path, flags=None) -> tuple[dict, edm.Precond]:
-    saved = common.load_tensors(path)
-    try:
-        facts = data.facts(saved["dataset"], saved.get("resolution", 0))
-        G = edm.Precond(facts.net(len(saved["partition"]), saved["size"]), facts.sigma_data)
-        G.load_state_dict(saved["net"])
-        G = edm.ready(G.net, G.sigma_data, flags, "cpu") if flags else G
-        return {**saved, "facts": facts, "parts": [torch.tensor(p) for p in saved["partition"]]}, G.requires_grad_(False)
-    except (KeyError, TypeError, RuntimeError, IndexError, AttributeError, ValueError):
-        raise common.UserError(f"{path}: not a students' checkpoint of this code") from None
+    saved, G = dmd.read_students(path)
+    return saved, edm.ready(G.net, G.sigma_data, flags, "cpu").requires_grad_(False) if flags else G
+
+
+ONE_STEP = ("dm", "adm", "post")                                    # stages that leave one-step generators
 
 
 def load_students(folder, name: str = "best.pt", flags=None) -> Students:
-    """Read a students' stage folder (seed0/students8/dm) or its parent. UserError if it holds none.
+    """Read a students' stage folder (seed0/students8/adm), or the last stage in their folder. UserError if it holds none.
 
     Of image students only the list of classes is read now; a network is read when a label asks for it. flags: --precision."""
     folder = Path(folder)
-    folder = folder / "dm" if (folder / "dm").is_dir() else folder
+    folder = next((folder / stage for stage in reversed(ONE_STEP) if list((folder / stage).glob(f"**/{name}"))), folder)
     if folder.name.startswith("student") and folder.name[7:].isdigit():
         raise common.UserError(f"{folder}: one student of several; give the folder of all, {folder.parent.parent}")
     own = sorted(folder.glob("student[0-9]*"), key=lambda p: int(p.name.removeprefix("student")))
@@ -176,7 +198,7 @@ def load_students(folder, name: str = "best.pt", flags=None) -> Students:
         if not folder.is_dir():
             raise common.UserError(f"{folder}: no such students' folder (such as runs/toy/seed0/students8)")
         saved, G = _read_students(folder / name, flags)
-        return Students(saved["facts"], G, Router(saved["parts"]), saved["seconds"])
+        return Students(saved["facts"], G, Router([torch.tensor(p) for p in saved["partition"]], saved["facts"].classes), saved["seconds"])
     about = [common.load_json(f / "config.json", "students", "student", "classes", "dataset") for f in own]
     K = about[0]["students"]
     ready = [f for f in own if (f / name).exists()]
@@ -185,8 +207,8 @@ def load_students(folder, name: str = "best.pt", flags=None) -> Students:
         raise common.UserError(f"{folder}: student {', '.join(map(str, missing))} of {K} is not trained yet; run that one first "
                                f"(--student {missing[0] if missing else 0})")
     seconds = sum(common.load_json(f / "done.json", "seconds")["seconds"] for f in own)
-    return Students(data.facts(about[0]["dataset"], about[0].get("resolution", 0)), Separate(own, name, flags),
-                    Router([torch.tensor(a["classes"]) for a in about]), seconds)
+    facts = data.facts(about[0]["dataset"], about[0].get("resolution", 0))
+    return Students(facts, Separate(own, name, flags), Router([torch.tensor(a["classes"]) for a in about], facts.classes), seconds)
 
 
 @torch.no_grad()
@@ -205,51 +227,94 @@ def generate(run, label: Tensor, seeds) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
 
+def sampled(students: Students, z: Tensor, label: Tensor, chunk: int, device) -> Tensor:
+    """One-step samples of labels [N] from latents z [N, *shape], on the CPU; images as uint8."""
+    students.G.to(device)
+    stacked = students.facts.stacked
+    order = torch.arange(len(label)) if stacked else students.router(label).argsort(stable=True)        # one student at a time
+    x = torch.empty_like(z)
+    for rows in order.split(chunk):
+        x[rows] = route(students.G, students.router, z[rows].to(device), label[rows].to(device)).cpu()
+    return x if stacked else common.to_uint8(x)
+
+
 @torch.no_grad()
 def evaluate(flags: Flags, inputs: dmd.Inputs, device) -> dict:
-    """Sample every student set of the run, measure it against the teacher and the data, and return results.json."""
-    facts, N, seeds, judge = data.facts(flags.dataset, flags.resolution), flags.eval_samples, edm.seeds(flags), inputs.judge
-    label = data.stratified(N, facts.classes)
+    """Sample every student set of the run's one-step stages, measure it against the teacher and the data: results.json."""
+    facts, seeds, judge, m = data.facts(flags.dataset, flags.resolution), edm.seeds(flags), inputs.judge, data.DATASETS[flags.dataset].metric
+    own = classes_of(flags, facts)                                  # --classes: everything is measured on these
+    N = flags.eval_samples // (facts.classes if own else 1) * len(own or [0])
+    whole = data.stratified(flags.eval_samples, facts.classes)
+    label = torch.tensor(own)[torch.arange(N) % len(own)] if own else whole
     chunk = 16_384 if facts.stacked else facts.chunk
-    of_k: dict[str, list] = {str(K): [] for K in flags.students}
-    teacher, floor, floor_data = [], [], []
+
+    def measure(folder: Path, seed: int, keep: bool) -> dict:
+        report, real = inputs.references[seed]["report"], inputs.references[seed]["real"]
+        students = load_students(folder, flags=flags)
+        z = torch.randn(N, *facts.shape, generator=common.generator(seed, "report z"))
+        x = sampled(students, z, label, chunk, device)
+        if keep:
+            common.save_tensors(folder / "samples.pt", {"x": x, "label": label, "student": students.router(label)})
+        mine = judge.statistics(x, label)
+        per_class = [judge.distance(mine, report, [c]) for c in own or range(facts.classes)] if facts.classes <= 100 else []
+        last = judge.statistics(sampled(load_students(folder, "ema.pt", flags), z, label, chunk, device), label)
+        return {m: judge.distance(mine, report, own), f"{m}_data": judge.distance(mine, real, own), "per_class": per_class,
+                "per_class_mean": sum(per_class) / max(1, len(per_class)), **judge.check(x, label), "seconds": students.seconds,
+                f"{m}_last": judge.distance(last, report, own), f"{m}_data_last": judge.distance(last, real, own)}
+
+    stages = [s for s in flags.stages.split(",") if s in ONE_STEP]
+    rows: dict = {stage: {str(K): [] for K in flags.students} for stage in stages}
+    teacher, floor, floor_data, general = [], [], [], []
     for seed in seeds:
         report, real = inputs.references[seed]["report"], inputs.references[seed]["real"]
         floor.append(inputs.references[seed]["floor"])
         floor_data.append(inputs.references[seed]["floor_data"])
         y = common.load_shards(Path(flags.out) / f"seed{seed}" / "reference", "report")
-        teacher.append({"floor": floor[-1], f"{facts.metric}_data": judge.distance(report, real), **judge.check(y, label)})
-        for K in flags.students:
-            folder = dmd.stage_folder(flags, seed, K)
-            students = load_students(folder, flags=flags)
-            students.G.to(device)
-            z = torch.randn(N, *facts.shape, generator=common.generator(seed, "report z"))
-            order = torch.arange(N) if facts.stacked else students.router(label).argsort(stable=True)   # one student at a time
-            x = torch.empty_like(z)
-            for rows in order.split(chunk):
-                x[rows] = route(students.G, students.router, z[rows].to(device), label[rows].to(device)).cpu()
-            x = x if facts.stacked else common.to_uint8(x)
-            common.save_tensors(folder / "samples.pt", {"x": x, "label": label, "student": students.router(label)})
-            mine = judge.statistics(x, label)
-            per_class = [judge.distance(mine, report, [c]) for c in range(facts.classes)] if facts.classes <= 100 else []
-            of_k[str(K)].append({
-                facts.metric: judge.distance(mine, report), f"{facts.metric}_data": judge.distance(mine, real),
-                "per_class": per_class, "per_class_mean": sum(per_class) / max(1, len(per_class)), **judge.check(x, label),
-                "seconds": students.seconds})
+        kept = torch.isin(whole, torch.tensor(own)) if own else slice(None)
+        teacher.append({"floor": floor[-1], f"{m}_data": judge.distance(report, real, own), **judge.check(y[kept], whole[kept])})
+        for stage in stages:
+            for K in flags.students:
+                rows[stage][str(K)].append(measure(dmd.stage_folder(flags, seed, K, stage), seed, True))
+        if own and general_folder(flags, facts, seed, stages[-1]):
+            general.append(measure(general_folder(flags, facts, seed, stages[-1]), seed, False))
 
     def mean(values):
         return torch.tensor(values, dtype=torch.float64).mean(0).tolist()
 
     def summary(per_seed):
         out = {k: mean([p[k] for p in per_seed]) for k in per_seed[0]}
-        sd = torch.tensor([p[facts.metric] for p in per_seed], dtype=torch.float64).std().item() if len(per_seed) > 1 else None
-        return {**out, f"{facts.metric}_sd": sd, "per_seed": per_seed}
+        for name in (m, f"{m}_data"):
+            out[f"{name}_sd"] = torch.tensor([p[name] for p in per_seed], dtype=torch.float64).std().item() if len(per_seed) > 1 else None
+        return {**out, "per_seed": per_seed}
 
-    return {"dataset": flags.dataset, "seeds": seeds, "samples": N, "config": dmd.config(flags, seeds[0]),
-            "metric": facts.metric, "title": judge.title, "floor": mean(floor), "floor_data": mean(floor_data),
+    by_stage = {stage: {K: summary(r) for K, r in of_k.items()} for stage, of_k in rows.items()}
+    with torch.device("meta" if not facts.stacked else "cpu"):
+        count = sum(p.numel() for p in facts.net(1, size_of(flags, facts, inputs)).parameters())
+    return {"dataset": flags.dataset, "seeds": seeds, "samples": N, "config": results_config(flags, seeds[0]),
+            "metric": m, "title": judge.title, "floor": mean(floor), "floor_data": mean(floor_data),
             "teacher": {**{k: mean([t[k] for t in teacher]) for k in teacher[0]}, "per_seed": teacher,
                         "evaluations": 2 * flags.sampler_steps - 1},
-            "students": {K: summary(r) for K, r in of_k.items()}}
+            "size": size_of(flags, facts, inputs), "parameters": count, "students": by_stage[stages[-1]], "stages": by_stage,
+            **({"classes": own} if own else {}), **({"general": summary(general)} if len(general) == len(seeds) else {})}
+
+
+def size_of(flags: Flags, facts: data.Facts, inputs: dmd.Inputs):
+    """The students' size: --student-size, or that of the teacher at hand."""
+    return flags.student_size or inputs.teachers[0].size
+
+
+def results_config(flags: Flags, seed: int) -> dict:
+    """What must be equal for two runs to stand in one table; of plain DM the same as its folder's config.json."""
+    more = {} if flags.stages == "dm" and not flags.student_size else {"stages": flags.stages, "init": flags.init, "real": flags.real}
+    for stage in flags.stages.split(",") if more else ():
+        more |= common.stage_config(flags, "dm" if stage == "dm" else stage)
+    return {**dmd.config(flags, seed), **more, **(common.stage_config(flags, "size") if flags.student_size else {})}
+
+
+def general_folder(flags: Flags, facts: data.Facts, seed: int, stage: str) -> Path | None:
+    """The general student that --classes is compared with: K = 1, of the same size, without a tag of its own; None if it is not there."""
+    folder = dmd.stage_folder(flags, seed, 1, stage, tag=default_tag(flags, facts, ""))
+    return folder if list(folder.glob("**/best.pt")) else None
 
 
 COLUMNS = {"within": ("within", "4 std", ".4f"), "modes": ("modes", "of 64", ".1f"), "mode_min": ("emptiest", "mode", ".2f"),
@@ -260,16 +325,21 @@ def table(results: dict) -> str:
     """results.json as the table that a run ends with."""
     m, name, t = results["metric"], results["title"], results["teacher"]
     shown = {k: c for k, c in COLUMNS.items() if k in t}
-    head = [("", ""), (m + " to", "teacher"), ("", "± sd"), (m + " to", "data"), *[c[:2] for c in shown.values()], ("train", "s")]
-    rows = [["teacher", f"{results['floor']:.4f}*", "", f"{t[m + '_data']:.4f}", *[f"{t[k]:{c[2]}}" for k, c in shown.items()], ""]]
-    for K, r in sorted(results["students"].items(), key=lambda item: int(item[0])):
-        sd = "" if r[m + "_sd"] is None else f"{r[m + '_sd']:.4f}"
-        rows.append([f"{K} student" + "s" * (K != "1"), f"{r[m]:.4f}", sd, f"{r[m + '_data']:.4f}",
+    head = [("", ""), (m + " to", "teacher"), ("", "± sd"), (m + " to", "data"), ("", "± sd"), *[c[:2] for c in shown.values()], ("train", "s")]
+    rows = [["teacher", f"{results['floor']:.4f}*", "", f"{t[m + '_data']:.4f}", "", *[f"{t[k]:{c[2]}}" for k, c in shown.items()], ""]]
+    lines_of = {(int(K), stage): r for stage, of_k in results["stages"].items() for K, r in of_k.items()}
+    if "general" in results:
+        lines_of[1, "general"] = results["general"]
+    for (K, stage), r in sorted(lines_of.items(), key=lambda item: item[0][0]):
+        sd = ["" if r.get(k + "_sd") is None else f"{r[k + '_sd']:.4f}" for k in (m, m + "_data")]
+        who = f"{K} student" + "s" * (K != 1) + (f", {stage}" if len(lines_of) > len(results["students"]) else "")
+        rows.append([who, f"{r[m]:.4f}", sd[0], f"{r[m + '_data']:.4f}", sd[1],
                      *[f"{r[k]:{c[2]}}" for k, c in shown.items()], f"{r['seconds']:.0f}"])
     rows = [list(line) for line in zip(*head)] + rows
-    lines = [f"{line[0]:>12} " + " ".join(f"{cell:>9}" for cell in line[1:]) for line in rows]
+    wide = max(12, *(len(line[0]) for line in rows))
+    lines = [f"{line[0]:>{wide}} " + " ".join(f"{cell:>9}" for cell in line[1:]) for line in rows]
     lines.append((f"{m}: {name}. " if name != m else "") + f"* the floor: two draws of the teacher. Two draws of the data (images: training against test "
-                 f"images): {results['floor_data']:.4f}. Seeds: {len(results['seeds'])}. Train s: of all students together.")
+                 f"images): {results['floor_data']:.4f}. Seeds: {len(results['seeds'])}. Train s: of all students together, this stage.")
     return "\n".join(lines)
 
 
@@ -282,7 +352,7 @@ def comparison(name: str, a: dict, b: dict, metric: str) -> str:
             f"paired difference {v['mean']:.4f}{error}, n = {v['n']}: {v['verdict']}")
 
 
-# --------------------------------------------------------------------------------------------------------- the command
+# ----------------------------------------------------------------------------------------------- beforehand: what, how long, where
 
 def rank_map(students: int, world: int) -> list[str]:
     """Which rank trains which image student: each student its own ranks if there are enough, else students in turn."""
@@ -296,8 +366,8 @@ def estimate(flags: Flags, device) -> float:
     """Seconds the whole run will take from nothing on this machine alone, from timed forward passes: within a factor of two."""
     facts = data.facts(flags.dataset, flags.resolution)
 
-    def forward(members: int, batch: int) -> float:
-        net = edm.ready(facts.net(members, flags.teacher_size), facts.sigma_data, flags, device).requires_grad_(False)
+    def forward(members: int, batch: int, size: str = "") -> float:
+        net = edm.ready(facts.net(members, size or flags.teacher_size), facts.sigma_data, flags, device).requires_grad_(False)
         timed = batch if facts.stacked else min(batch, 64 if device.type == "cuda" else 16 if math.prod(facts.shape) < 4096 else 1)
         label = torch.zeros(members, timed, dtype=torch.int64, device=device)
         z = torch.zeros(members, timed, *facts.shape, device=device)
@@ -308,55 +378,199 @@ def estimate(flags: Flags, device) -> float:
             times.append(time.perf_counter() - begin)
         return sorted(times)[len(times) // 2] * batch / timed
 
+    stages, seeds = flags.stages.split(","), flags.seeds if facts.stacked else 1
     members = flags.seeds * (sum(flags.students) if flags.student < 0 else sum(K > flags.student for K in flags.students))
-    one = forward(members, flags.batch) if facts.stacked else members * forward(1, flags.batch)
-    turn = 4.5 * one                                                # forward, backward, optimizer
-    kl = flags.steps - dmd.first_kl_step(flags)
-    dm = flags.steps * turn * (flags.reg_weight > 0) + kl * (turn + 2 * flags.draws * one + flags.ttur * (turn + one))
+
+    def all_students(batch: int, size: str = "") -> float:
+        return forward(members, batch, size) if facts.stacked else members * forward(1, batch, size)
+    turn, total = 4.5, 5.0                                          # forward, backward, optimizer
+    if "dm" in stages:
+        G, mu = all_students(flags.batch, flags.student_size), all_students(flags.batch)
+        kl = flags.steps - dmd.first_kl_step(flags)
+        total += flags.steps * turn * G * (flags.reg_weight > 0) + kl * (turn * G + 2 * flags.draws * mu + flags.ttur * (turn * mu + G))
+        total += (kl > 0) * flags.fake_warmup * turn * mu
+    if "adm" in stages:                                             # the head sees the encoder's half: once for G, twice for the critic
+        G, mu, gan = all_students(flags.adm_batch, flags.student_size), all_students(flags.adm_batch), flags.gan_weight > 0
+        total += flags.adm_steps * (turn * G + (2 * flags.draws + 2 * gan) * mu)
+        total += (flags.adm_steps * flags.adm_ttur + flags.adm_fake_warmup) * ((turn + 4 * gan) * mu + G)
+    if "post" in stages:
+        total += tsm.post_steps(flags) * (turn * all_students(flags.batch, flags.student_size) + all_students(flags.batch))
+    if "tsm" in stages or flags.teacher == "exact":
+        many = seeds if flags.tsm_common else members if facts.stacked else 1
+        times = 1 if facts.stacked else flags.seeds if flags.tsm_common else members
+        total += times * flags.tsm_steps * (turn * forward(many, flags.tsm_batch, flags.student_size) + forward(many, flags.tsm_batch))
     drawn = (2 if facts.stacked else 1) * flags.eval_samples + flags.pairs
-    solve = drawn * (2 * flags.sampler_steps - 1) / facts.chunk * forward(1, facts.chunk) * flags.seeds
-    seeds = flags.seeds if facts.stacked else 1
-    train = flags.teacher_steps * 4.5 * forward(seeds, flags.teacher_batch) * flags.seeds / seeds if flags.teacher in ("train", "exact") else 0
-    judge = 0 if facts.stacked else 60
-    return dm + (kl > 0) * flags.fake_warmup * turn + solve + train + judge + 5
+    total += drawn * (2 * flags.sampler_steps - 1) / facts.chunk * forward(1, facts.chunk) * flags.seeds
+    if flags.teacher == "train":
+        total += flags.teacher_steps * turn * forward(seeds, flags.teacher_batch) * flags.seeds / seeds
+    return total + (0 if facts.stacked else 60)
 
 
-def memory(flags: Flags, count: int) -> str:
-    """What a rank keeps beside the activations, for a network of `count` weights: how large a GPU a student needs."""
-    held = {"teacher": 1, "start": 1, "G": 1, "mu_fake": 1, "average of G": 1, "best of them": 1, "gradients": 2, "AdamW": 4}
-    return (f"memory of a student's rank, without activations: {sum(held.values()) * count * 4 / 2 ** 30:.2f} GiB in float32 ("
-            + ", ".join(f"{k} {v * count * 4 / 2 ** 30:.2f}" for k, v in held.items()) + ")")
+def memory(flags: Flags, student: int, teacher: int) -> str:
+    """What a rank keeps beside the activations, for networks of these numbers of weights: how large a GPU a student needs."""
+    held = {"teacher": teacher, "starts": student + teacher, "G": student, "mu_fake": teacher, "average of G": student, "best of them": student,
+            "gradients": student + teacher, "AdamW": 2 * (student + teacher)}
+    return (f"memory of a student's rank, without activations: {sum(held.values()) * 4 / 2 ** 30:.2f} GiB in float32 ("
+            + ", ".join(f"{k} {v * 4 / 2 ** 30:.2f}" for k, v in held.items()) + ")")
+
+
+def batches(flags: Flags) -> list[tuple[str, int]]:
+    """Of each stage of this run: its batch flag, and the batch."""
+    of_stage = {"tsm": "tsm_batch", "dm": "batch", "adm": "adm_batch", "post": "batch"}
+    return [(common.option(of_stage[s]), getattr(flags, of_stage[s])) for s in flags.stages.split(",")]
 
 
 def dry_run(flags: Flags, facts: data.Facts, parts: dict) -> None:
     """Every value with its source, parameters, memory, and which rank trains what: without data, weights or allocation."""
     with torch.device("meta" if not facts.stacked else "cpu"):
-        count = sum(p.numel() for p in facts.net(1, flags.teacher_size).parameters())
+        teacher = sum(p.numel() for p in facts.net(1, flags.teacher_size).parameters())
+        count = sum(p.numel() for p in facts.net(1, flags.student_size or flags.teacher_size).parameters())
     print(common.describe(flags))
-    print(f"parameters: {count:,} a network; " + "; ".join(f"K = {K}: {K * count:,}, of which a sample uses {count:,}" for K in parts))
-    print(memory(flags, count))
+    print(f"parameters: {count:,} a network; " + "; ".join(f"K = {K}: {K * count:,}, of which a sample uses {count:,}" for K in parts)
+          + (f"; teacher and fake denoiser: {teacher:,}" if count != teacher else ""))
+    print(memory(flags, count, teacher))
     if flags.reg_weight > 0:
         size = flags.pairs * math.prod(facts.shape) * (4 if facts.stacked else 2)
         print(f"pairs: {flags.pairs:,} times {(2 * flags.sampler_steps - 1)} evaluations of the teacher, {size / 2 ** 20:,.0f} MiB on disk, "
               f"shared by all students")
     worlds = sorted({1, int(os.environ.get("WORLD_SIZE", 1))} | ({2, 4 * max(parts)} if not facts.stacked else set()))
+    batch = batches(flags)[-1][1]                                   # of the last stage
     for K in parts:
         for world in worlds:
             what = "; ".join(rank_map(K, world)) if not facts.stacked else f"one stack of {K} students, its batch shared by all ranks"
-            each = flags.batch // max(1, world // K) if not facts.stacked else flags.batch // world
+            each = batch // max(1, world // K) if not facts.stacked else batch // world
             print(f"K = {K}, {world} rank{'s' * (world > 1)} ({each} samples a rank and update): {what}")
 
 
+# -------------------------------------------------------------------------------------------------- stages in their order
+
+ORDERS = ("tsm", "dm", "adm", "tsm,dm", "tsm,adm", "dm,adm", "tsm,dm,adm", "post", "tsm,post")
+
+
+def check_stages(flags: Flags, facts: data.Facts) -> None:
+    """--stages, --student-size, --init and --classes together; tidies them. UserError for what cannot be."""
+    flags.stages = ",".join(s.strip() for s in flags.stages.split(","))
+    if flags.stages not in ORDERS:
+        unknown = [s for s in flags.stages.split(",") if s not in ("tsm", *ONE_STEP)]
+        raise common.UserError(f"--stages {flags.stages}: " + (f"{unknown[0] or 'nothing'} is no stage (tsm, dm, adm, post)" if unknown else
+                               f"not in this order; one of {'; '.join(ORDERS)}"))
+    if flags.student_size == facts.sizes[0] and not flags.teacher_size:
+        flags.student_size = ""                                     # the teacher's own
+    first, small = flags.stages.split(",")[0], bool(flags.student_size) and flags.student_size != flags.teacher_size
+    if flags.init and first == "tsm":
+        raise common.UserError(f"--init {flags.init}: TSM starts from random weights; leave the flag out, or tsm")
+    if small and flags.init == "teacher":
+        raise common.UserError(f"--init teacher: its weights do not fit students of size {flags.student_size}; give --stages tsm,{flags.stages}")
+    if small and not flags.init and first == "dm":
+        raise common.UserError(f"--student-size {flags.student_size}: the teacher's weights do not fit; give --stages tsm,{flags.stages} (or "
+                               f"--init random, which App. B.6 advises against)")
+    if flags.classes:
+        if flags.source["students"] == "flag" and flags.students != [1]:
+            raise common.UserError("--classes: one specialised student; leave --students out")
+        flags.students = [1]
+    flags.tag = flags.tag or default_tag(flags, facts, flags.classes)
+
+
+def classes_of(flags: Flags, facts: data.Facts) -> list[int] | None:
+    """--classes as a sorted list, None for all. UserError if they are not classes of the dataset."""
+    if not flags.classes:
+        return None
+    try:
+        own = sorted({int(c) for c in flags.classes.replace(" ", ",").split(",") if c})
+    except ValueError:
+        own = []
+    if not own or not (0 <= own[0] and own[-1] < facts.classes):
+        raise common.UserError(f"--classes {flags.classes}: give some of 0 to {facts.classes - 1}, such as 3,4")
+    return own
+
+
+def default_tag(flags: Flags, facts: data.Facts, classes: str) -> str:
+    """Without --tag: smaller students and specialised ones have folders of their own."""
+    own = classes_of(flags, facts) if classes else None
+    return "-".join(([flags.student_size] if flags.student_size else []) + ([f"classes{'_'.join(map(str, own))}"] if own else []))
+
+
+def first_start(flags: Flags, facts: data.Facts, m: common.Member, teacher) -> tuple[dmd.Start, Path | None]:
+    """What the first stage of member m starts from, and the stage folder that holds it, if one does. UserError if it is not there."""
+    first = flags.stages.split(",")[0]
+    init = flags.init or {"tsm": "random", "dm": "teacher", "adm": "dm" + common.suffix(flags.tag),
+                          "post": "random" if flags.student_size else "teacher"}[first]
+    size = flags.student_size or flags.teacher_size or facts.sizes[0]
+    if init == "teacher":
+        return dmd.Start("teacher", lambda: teacher), None
+    if init == "random":
+        return dmd.random_start(facts, size, m.seed), None
+    stage, _, tag = init.partition("-")
+    if Path(init).is_file():
+        return checkpoint(init), None
+    if stage not in ("tsm", *ONE_STEP):
+        raise common.UserError(f"--init {init}: no such file, and none of teacher, random, tsm, dm, adm, post (with -TAG)")
+    if stage == "tsm":
+        home, k = tsm.home(flags, m, size), 0 if flags.tsm_common else m.student
+    else:
+        home, k = dmd.stage_folder(flags, m.seed, m.students, stage, tag), m.student
+    start = dmd.start_from(home, "ema.pt" if stage == "tsm" else "best.pt", k)
+    found = start.load().size
+    if flags.student_size and found != flags.student_size:
+        raise common.UserError(f"{home}: students of size {found}, not {flags.student_size}; give --student-size {found}, or another --init")
+    if not flags.student_size and flags.teacher in ("train", "exact") and found != size:
+        raise common.UserError(f"{home}: students of size {found}; give --student-size {found}")
+    return start, home
+
+
+def checkpoint(path: str) -> dmd.Start:
+    """--init PATH: a teacher's or TSM network's checkpoint, or that of a single student. UserError if it is none."""
+    try:
+        D = edm.load_teacher(path)
+    except common.UserError:
+        saved, D = dmd.read_students(Path(path))
+        if len(saved["partition"]) != 1:
+            raise common.UserError(f"--init {path}: a stack of {len(saved['partition'])} students; to go on with each of them: --init dm") from None
+        D.size = saved["size"]
+    return dmd.Start(common.fingerprint(D), lambda: D)
+
+
+def run_stages(flags: Flags, members: list, pair_index: list, inputs: dmd.Inputs, source, device, ranks) -> None:
+    """Every stage in its order, each from the best checkpoints of the one before [MSD Eq. 4]."""
+    facts, seeds = data.facts(flags.dataset, flags.resolution), edm.seeds(flags)
+    real = adm.real_data(flags, inputs, source)
+    begin = [first_start(flags, facts, m, inputs.teachers[seeds.index(m.seed)]) for m in members]
+    starts, homes = [s for s, _ in begin], [h for _, h in begin]
+    if "adm" in flags.stages and not (facts.stacked and flags.real == "data"):
+        label = real().label                                        # are there data of every student's classes?
+        for m in members:
+            filter_adm(label if label.ndim == 1 else label[seeds.index(m.seed)], torch.tensor(m.classes))
+    for stage in flags.stages.split(","):
+        if stage == "tsm":
+            denoisers = [facts.exact] * len(seeds) if flags.teacher == "exact" else inputs.teachers
+            starts = tsm.distil(flags, members, size_of(flags, facts, inputs), denoisers, real, device, ranks)
+            continue
+        if stage == "dm":
+            dmd.distil(flags, members, pair_index, starts, inputs, device, ranks)
+        elif stage == "adm":
+            adm.distil(flags, members, pair_index, starts, homes, inputs, real, device, ranks)
+        else:
+            imitated = [dmd.start_from(dmd.stage_folder(flags, m.seed, m.students, flags.post_of, ""), "best.pt", m.student) for m in members]
+            tsm.distil_post(flags, members, starts, imitated, inputs, device, ranks)
+        homes = [dmd.stage_folder(flags, m.seed, m.students, stage) for m in members]
+        starts = [dmd.start_from(h, "best.pt", m.student) for h, m in zip(homes, members)]
+
+
+# ------------------------------------------------------------------------------------------------------------ the command
+
 @common.command
 def main(argv=None):
-    """G_k = Distill(mu_teacher, F(D, Y_k)) for every k [MSD Eq. 1]: teacher, pairs, students, evaluation, figures.
+    """G_k = Distill(mu_teacher, F(D, Y_k)) for every k [MSD Eq. 1]: teacher, pairs, students stage by stage, evaluation, figures.
 
     Returns 1 if --target-l1 is missed, else 0."""
     flags = common.parse(Flags, PRESETS, argv, __doc__)
     dmd.check_flags(flags)
+    adm.check_flags(flags)
     facts = data.facts(flags.dataset, flags.resolution)
+    check_stages(flags, facts)
     flags.students = sorted(set(flags.students))
-    parts = {K: partition(facts.classes, K, flags.partition) for K in flags.students}
+    own = classes_of(flags, facts)
+    parts = {1: [torch.tensor(own)]} if own else {K: partition(facts.classes, K, flags.partition) for K in flags.students}
     if flags.student >= max(flags.students) or (flags.student >= 0 and facts.stacked):
         raise common.UserError(f"--student {flags.student}: " + ("the toy's students train as one stack; leave the flag out" if facts.stacked
                                                                  else f"from 0 to {max(flags.students) - 1}, or leave the flag out for all"))
@@ -375,19 +589,22 @@ def main(argv=None):
         print_plan(flags, parts, f", on {device} ({torch.get_num_threads()} threads, {ranks.size} rank{'s' * (ranks.size > 1)}), about "
                    f"{f'{seconds / 60:.0f} min' if seconds > 90 else f'{seconds:.0f} s'} from nothing on one rank")
     theirs = read_against(flags) if flags.against else None
+    members = [common.Member(seed, K, k, tuple(classes_k.tolist())) for seed in edm.seeds(flags) for K, part in parts.items()
+               for k, classes_k in enumerate(part) if flags.student in (-1, k)]
+    for m in members:                                               # is what they start from there? Hours later is too late
+        first_start(flags, facts, m, None)
+        if flags.stages.endswith("post"):
+            dmd.start_from(dmd.stage_folder(flags, m.seed, m.students, flags.post_of, ""), "best.pt", m.student)
+    source = data.opened(flags, ranks)
     with common.alone(Path(flags.out), ranks):
-        inputs = dmd.get_inputs(flags, device, ranks)
-    members, pair_index = [], []
-    for i, seed in enumerate(edm.seeds(flags)):
-        for K, part in parts.items():
-            for k, classes_k in enumerate(part):
-                if flags.student in (-1, k):
-                    kl_classes, index = filter_dm(inputs.pairs["label"][i], classes_k, flags.filter_pairs)
-                    members.append(common.Member(seed, K, k, tuple(kl_classes.tolist())))
-                    pair_index.append(index)
-    dmd.distil(flags, members, pair_index, inputs, device, ranks)
+        inputs = dmd.get_inputs(flags, device, ranks, weights_of_exact if flags.teacher == "exact" else edm.get_teachers)
+    pair_index = [filter_dm(inputs.pairs["label"][edm.seeds(flags).index(m.seed)], torch.tensor(m.classes), flags.filter_pairs)[1] for m in members]
+    run_stages(flags, members, pair_index, inputs, source, device, ranks)
     code = 0
-    if flags.student >= 0 and ranks.rank == 0:
+    if flags.stages == "tsm":
+        if ranks.rank == 0:
+            print("\n".join(sorted({str(tsm.home(flags, m, size_of(flags, facts, inputs))) for m in members})))
+    elif flags.student >= 0 and ranks.rank == 0:
         print(f"student {flags.student} is trained; when all are, the same command without --student evaluates them")
     elif ranks.rank == 0:
         code = report(flags, evaluate(flags, inputs, device), theirs)
@@ -395,10 +612,23 @@ def main(argv=None):
     return code
 
 
+def weights_of_exact(flags: Flags, source, device, ranks) -> list[edm.Precond]:
+    """`--teacher exact` has no weights to start from: --init PATH, or TSM networks of full size, trained now or reused."""
+    if not Path(flags.init).is_file():
+        if ranks.rank == 0:
+            print("teacher exact: no weights to start from; TSM of the teacher's size makes them")
+        return tsm.teachers_by_tsm(flags, source, device, ranks)
+    facts, D = data.facts(flags.dataset, flags.resolution), checkpoint(flags.init).load()
+    D.facts = facts
+    return [edm.ready_teacher(D, flags, device) for _ in edm.seeds(flags)]
+
+
 def print_plan(flags: Flags, parts: dict, where: str) -> None:
     """What is going to happen, and which student gets which classes."""
-    print(f"msd: {flags.dataset}, K = {', '.join(map(str, flags.students))}, {flags.seeds} seed(s), {flags.steps} updates of batch "
-          f"{flags.batch} per student{where}, into {flags.out}", flush=True)
+    steps = {"tsm": flags.tsm_steps, "dm": flags.steps, "adm": flags.adm_steps, "post": tsm.post_steps(flags)}
+    print(f"msd: {flags.dataset}, K = {', '.join(map(str, flags.students))}, {flags.seeds} seed(s), "
+          + ", then ".join(f"{s}: {steps[s]} updates of batch {b}" for s, (_, b) in zip(flags.stages.split(","), batches(flags)))
+          + (f", size {flags.student_size}" if flags.student_size else "") + f"{where}, into {flags.out}", flush=True)
     for K, part in parts.items():
         shown = [" ".join(map(str, p.tolist())) if len(p) <= 12 else f"{p[0]}-{p[-1]}" for p in part]
         sizes = [str(len(p)) for p in part]
@@ -417,10 +647,11 @@ def check_ranks(flags: Flags, facts: data.Facts, ranks: common.Ranks) -> None:
         if not alone and ranks.size > K and ranks.size % K:
             raise common.UserError(f"{ranks.size} ranks cannot be shared evenly by {K} students; start {K * (ranks.size // K)} or "
                                    f"{K * (ranks.size // K + 1)}, or one job per student with --student")
-        share, rest = divmod(flags.batch, each)
-        if rest or (flags.micro_batch and share % min(share, flags.micro_batch)):
-            raise common.UserError(f"--batch {flags.batch} with {each} ranks a student and --micro-batch {flags.micro_batch}: does not "
-                                   f"divide; choose a multiple of {each}{f' x {flags.micro_batch}' if flags.micro_batch else ''}")
+        for name, batch in batches(flags):
+            share, rest = divmod(batch, each)
+            if rest or (flags.micro_batch and share % min(share, flags.micro_batch)):
+                raise common.UserError(f"{name} {batch} with {each} ranks a student and --micro-batch {flags.micro_batch}: does not "
+                                       f"divide; choose a multiple of {each}{f' x {flags.micro_batch}' if flags.micro_batch else ''}")
 
 
 def read_against(flags: Flags) -> dict:
@@ -443,6 +674,7 @@ def report(flags: Flags, results: dict, theirs: dict | None) -> int:
         old = common.load_json(path, "students")
         if all(old.get(k) == results[k] for k in ("seeds", "config", "samples")):
             results["students"] = {**old["students"], **results["students"]}
+            results["stages"] = {s: {**old.get("stages", {}).get(s, {}), **rows} for s, rows in results["stages"].items()}
         else:
             kept = path.with_suffix(".previous.json")
             path.replace(kept)
@@ -450,15 +682,28 @@ def report(flags: Flags, results: dict, theirs: dict | None) -> int:
     common.save_json(path, results)
     print("\n" + table(results))
     rows, m = results["students"], results["metric"]
-    metrics = [m] if m == "l1" else [f"{m}_data", m]                # images: the data are the reference of the headline
+    stages = flags.stages.split(",")
+    metrics = [m] if m == "l1" and stages[-1] == "dm" and not theirs else [f"{m}_data", m]      # where real data enter, they are the reference
     for name in metrics:
-        what = "" if name == m else ", to the data"
+        what = (" to the teacher" if len(metrics) > 1 else "") if name == m else " to the data"
         if len(flags.students) > 1:
             low, high = str(flags.students[0]), str(flags.students[-1])
-            print("\n" + comparison(f"K = {high} below K = {low}{what}?", rows[high], rows[low], name))
+            print("\n" + comparison(f"K = {high} below K = {low}{',' * bool(what)}{what}?", rows[high], rows[low], name))
         if theirs:
             for K in (K for K in map(str, flags.students) if K in theirs["students"]):
                 print(comparison(f"K = {K}{what}, {flags.tag or 'this'} below {flags.against}?", rows[K], theirs["students"][K], name))
+    for K in map(str, flags.students) if stages[-1] != "dm" else ():
+        print()
+        of = {s: results["stages"][s][K] for s in stages if s in ONE_STEP}
+        if "dm" in of:
+            print(comparison(f"K = {K} to the data, adm below dm (fewer updates)?", of["adm"], of["dm"], f"{m}_data"))
+        print(comparison(f"K = {K} to the data, below the teacher?", rows[K], results["teacher"], f"{m}_data"))
+        chosen, last = rows[K], {"per_seed": [{m: p[f"{m}_data_last"]} for p in rows[K]["per_seed"]]}
+        print(comparison(f"K = {K} to the data, chosen checkpoints below the last ones?", {"per_seed": [{m: p[f"{m}_data"]} for p in chosen["per_seed"]]}, last, m))
+    if "general" in results:
+        print("\n" + comparison(f"to the data, the student of {flags.classes} below the general one on these classes?", rows["1"], results["general"], f"{m}_data"))
+    elif flags.classes:
+        print(f"\nno general student to compare with: the same command with --students 1 instead of --classes {flags.classes} trains it")
     figures = plot.draw(Path(flags.out), flags.tag)
     print(f"\nresults: {path}\nfigures: " + " ".join(map(str, figures)))
     largest = results["students"][str(flags.students[-1])][m]

@@ -1,5 +1,7 @@
 """Every picture, drawn from the files of a run folder alone: `python plot.py runs/toy` draws them again.
 
+With --compare TAG TAG …: variants of one run folder side by side ("none": the one without a tag).
+
 of the toy
   figure4.png        teacher, fewest students, most students, their difference                      [MSD Fig. 4]
   l1.png             l1 against K, per seed, with the floor                                         [MSD Fig. 4, Table 5]
@@ -10,6 +12,9 @@ of images
   fd.png             Frechet distance to the data against K, with the teacher's and the floor
 of both
   training.png       curves that move: distance, |mu_fake - mu_real|, losses by noise level         [MSD Fig. 6]
+  stages.png         distance to the data after each stage, beside the teacher's                    [MSD Table 1]
+  gan.png            ADM: distance, the critic's accuracy, GAN losses, GAN term beside DM term
+  figure8.png        student size, classes covered, stage: where runs of several sizes are          [MSD Fig. 8]
 
 The one file that imports matplotlib.
 """
@@ -94,20 +99,22 @@ def figure4(out: Path, results: dict, home: Path, folders: dict) -> plt.Figure:
 
 
 def l1_against_k(results: dict) -> plt.Figure:
-    """l1 against K with one dot per seed; dashed: the floor, two draws of the teacher."""
+    """l1 to the teacher against K (after ADM: to the data), one dot per seed; dashed: the floor (the teacher)."""
     fig, ax = plt.subplots(figsize=(5.2, 3.8))
     ks = sorted(map(int, results["students"]))
     rows = [results["students"][str(k)] for k in ks]
-    x = np.arange(len(ks))
-    ax.bar(x, [r["l1"] for r in rows], width=0.6, color="#9ecae1", label="mean over seeds, pooled over classes")
+    x, m = np.arange(len(ks)), "l1" if _last(results) == "dm" else "l1_data"
+    ax.bar(x, [r[m] for r in rows], width=0.6, color="#9ecae1", label="mean over seeds, pooled over classes")
     for i, r in enumerate(rows):
-        ax.plot([i] * len(r["per_seed"]), [p["l1"] for p in r["per_seed"]], "o", ms=4, color="#08306b",
+        ax.plot([i] * len(r["per_seed"]), [p[m] for p in r["per_seed"]], "o", ms=4, color="#08306b",
                 label="one seed" if i == 0 else None)
-        ax.annotate(f"{r['l1']:.3f}", (i, r["l1"] / 2), ha="center", color="#08306b")
-    ax.axhline(results["floor"], ls="--", color="#d94801", label=f"floor: two draws of the teacher, {results['floor']:.3f}")
-    ax.set(xticks=x, xticklabels=ks, xlabel="number of students K", ylabel="$\\ell_1$ to the teacher (0 to 1)",
-           title="More students, better samples?" if len(ks) > 1 else "Distance to the teacher")
-    ax.set_ylim(0, max(r["l1"] for r in rows) * 1.45 + 0.02)
+        ax.annotate(f"{r[m]:.3f}", (i, r[m] / 2), ha="center", color="#08306b")
+    low, name = (results["floor"], "floor: two draws of the teacher") if m == "l1" else (results["teacher"][m], "the teacher")
+    ax.axhline(low, ls="--", color="#d94801", label=f"{name}, {low:.3f}")
+    reference = "teacher" if m == "l1" else "data"
+    ax.set(xticks=x, xticklabels=ks, xlabel="number of students K", ylabel=f"$\\ell_1$ to the {reference} (0 to 1)",
+           title="More students, better samples?" if len(ks) > 1 else f"Distance to the {reference}")
+    ax.set_ylim(0, max(r[m] for r in rows) * 1.45 + 0.02)
     ax.legend(fontsize=8, loc="upper right")
     return fig
 
@@ -234,6 +241,109 @@ def fd_against_k(results: dict) -> plt.Figure:
     return fig
 
 
+def _last(results: dict) -> str:
+    """The last stage of a run."""
+    return list(results.get("stages", {"dm": None}))[-1]
+
+
+def _who(results: dict) -> str:
+    return f"size {results['size']}, " if isinstance(results.get("size"), str) else ""
+
+
+def stages(results: dict) -> plt.Figure:
+    """Distance to the data after each stage, for each K, one dot per seed; dashed: the teacher's; dotted: two draws of the data."""
+    m, ks = f"{results['metric']}_data", sorted(map(int, results["students"]))
+    fig, ax = plt.subplots(figsize=(5.6, 3.8))
+    top = results["teacher"][m]
+    for j, (stage, of_k) in enumerate(results["stages"].items()):
+        at = np.arange(len(ks)) + (j - (len(results["stages"]) - 1) / 2) * 0.36
+        value = [of_k[str(K)][m] if str(K) in of_k else 0 for K in ks]
+        ax.bar(at, value, width=0.34, color=["#c6dbef", "#6baed6", "#fdae6b"][j % 3], label=stage.upper())
+        for x, K, v in zip(at, ks, value):
+            seeds = of_k.get(str(K), {}).get("per_seed", [])
+            ax.plot([x] * len(seeds), [p[m] for p in seeds], "o", ms=3, color="#08306b")
+            ax.annotate(f"{v:.3g}", (x, v / 2), ha="center", fontsize=8, color="#08306b")
+            top = max([top, *[p[m] for p in seeds]])
+    ax.axhline(results["teacher"][m], ls="--", color="#d94801", label=f"teacher, {results['teacher']['evaluations']} evaluations: {results['teacher'][m]:.3g}")
+    ax.axhline(results["floor_data"], ls=":", color="k", label=f"two draws of the data: {results['floor_data']:.3g}")
+    ax.set(xticks=range(len(ks)), xticklabels=ks, xlabel="number of students K", ylim=(0, top * 1.55),
+           ylabel=("$\\ell_1$" if m == "l1_data" else results["title"]) + " to the data", title=f"{_who(results)}stage by stage")
+    ax.legend(fontsize=8, ncols=2, loc="upper right")
+    return fig
+
+
+def gan(folders: dict, metric: str, title: str) -> plt.Figure:
+    """What a healthy ADM stage looks like: the metric falls; critic near chance; losses level; the GAN a part of the push."""
+    fig, axes = plt.subplots(1, 4, figsize=(17, 3.8))
+    runs = {K: read_metrics(f) for K, f in sorted(folders.items())}
+    for i, (K, m) in enumerate(runs.items()):
+        colour = plt.cm.viridis(i / max(1, len(runs)))
+        for ax, names in zip(axes, ((metric,), ("right on real", "right on fake"), ("GAN loss of G", "GAN loss of the critic"),
+                                    ("push of the DM term", "push of the GAN"))):
+            for name, style in zip(names, ("-", "--")):
+                if name in m:
+                    ax.plot(*_over_students(m[name]), style, color=colour, marker="o" if name == metric else None, ms=3,
+                            label=f"K = {K}" + (f", {name}" if len(names) > 1 and i == 0 else ""))
+    axes[1].axhline(0.5, ls=":", color="k", lw=1)
+    axes[2].axhline(np.log(2), ls=":", color="k", lw=1)
+    axes[2].axhline(2 * np.log(2), ls=":", color="k", lw=1)
+    for ax, title, ylabel in zip(axes, ("Distance of each student on its own classes", "Critic: share that it gets right (dotted: chance)",
+                                        "GAN losses (dotted: an undecided critic's)", "Push on a sample: DM term, GAN term"),
+                                 (title, "share", "softplus", "RMS gradient in x, weighted")):
+        ax.set(title=title, ylabel=ylabel, xlabel="generator updates of ADM")
+        if ax.lines and ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=8)
+    axes[3].set_yscale("log" if axes[3].lines else "linear")
+    return fig
+
+
+def figure8(sets: dict) -> plt.Figure:
+    """[MSD Fig. 8]: distance to the data against the classes that a student covers, a line per size, a panel per stage."""
+    stage_names = list(dict.fromkeys(s for r in sets.values() for s in r["stages"]))
+    fig, axes = plt.subplots(1, len(stage_names), figsize=(5.2 * len(stage_names), 4), squeeze=False, sharey=True)
+    for ax, stage in zip(axes[0], stage_names):
+        for i, (size, r) in enumerate(sets.items()):
+            m = f"{r['metric']}_data"
+            rows = {int(K): v for K, v in r["stages"].get(stage, {}).items()}
+            ks = sorted(rows, reverse=True)
+            covered = [len(rows[K]["per_class"]) / K for K in ks]
+            error = [np.std([p[m] for p in rows[K]["per_seed"]], ddof=1) if len(rows[K]["per_seed"]) > 1 else 0 for K in ks]
+            ax.errorbar(covered, [rows[K][m] for K in ks], error, marker="o", ms=4, capsize=3, color=plt.cm.viridis(i / len(sets)),
+                        label=f"{size}: {r['parameters']:,} parameters")
+            ax.axhline(r["teacher"][m], ls="--", color="#d94801", lw=1, label="teacher" if i + 1 == len(sets) else None)
+        ax.set(title=f"after {stage.upper()}", xlabel="classes that a student covers", xscale="log", ylabel="distance to the data" if ax is axes[0][0] else "")
+        ticks = sorted({len(v["per_class"]) / int(K) for r in sets.values() for K, v in r["stages"].get(stage, {}).items()})
+        ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        ax.minorticks_off()
+        ax.set_ylim(0)
+    axes[0][0].legend(fontsize=8)
+    return fig
+
+
+def compare(out: Path, tags: list[str]) -> plt.Figure:
+    """The largest K of several variants side by side, their last stages, the teacher first."""
+    panels, share, top = {}, [], None
+    for tag in tags:
+        results = common.load_json(out / f"results{common.suffix(tag)}.json", "seeds", "students", "metric")
+        home, m = out / f"seed{results['seeds'][0]}", results["metric"]
+        K = max(map(int, results["students"]))
+        stage = _last(results)
+        s = common.load_tensors(home / f"students{K}{common.suffix(tag)}" / stage / "samples.pt")
+        value = results["students"][str(K)]["per_seed"][0][f"{m}_data"]
+        panels[f"{tag or 'students'} ({stage}), {m} to data {value:.3g}"] = s
+    first = common.load_shards(home / "reference", "report")
+    if m == "l1":
+        share = {f"teacher, to data {results['teacher']['per_seed'][0]['l1_data']:.3f}": _share(first), **{k: _share(s["x"]) for k, s in panels.items()}}
+        top = np.quantile(next(iter(share.values()))[next(iter(share.values())) > 0], 0.98)
+        fig, axes = plt.subplots(1, len(share), figsize=(3.6 * len(share), 3.9))
+        for ax, (title, values) in zip(axes, share.items()):
+            _image(ax, values, title, DENSITY, top)
+        return fig
+    label = next(iter(panels.values()))["label"]
+    pick = torch.cat([(label == c).nonzero()[:8, 0] for c in label.unique()[:10]])
+    return image_panels({"teacher": common.to_uint8(first[pick]), **{k: common.to_uint8(s["x"][pick]) for k, s in panels.items()}}, 8)
+
+
 def draw(out, tag: str = "") -> list[Path]:
     """Draw every figure that the files of run folder `out` allow; returns their paths. UserError if there is no run."""
     out, suffix = Path(out), common.suffix(tag)
@@ -242,34 +352,62 @@ def draw(out, tag: str = "") -> list[Path]:
         raise common.UserError(f"{path}: no such file; run msd.py with --out {out} first")
     results = common.load_json(path, "seeds", "students", "samples", "metric")
     home = out / f"seed{results['seeds'][0]}"
-    folders = {int(K): home / f"students{K}{suffix}" / "dm" for K in results["students"]}
-    folders = {K: f for K, f in folders.items() if common.finished(f, ("samples.pt",))
-               and (common.finished(f, ("metrics.csv",)) or list(f.glob("student*/metrics.csv")))}
+
+    def stage_folders(stage: str) -> dict:
+        found = {int(K): home / f"students{K}{suffix}" / stage for K in results["students"]}
+        return {K: f for K, f in found.items() if common.finished(f, ("samples.pt",))
+                and (common.finished(f, ("metrics.csv",)) or list(f.glob("student*/metrics.csv")))}
+    folders = stage_folders(_last(results))
     if not folders:
         raise common.UserError(f"{home}: the students' folders that {path} names are gone; run msd.py with --out {out} again")
+    specialised = "classes" in results                              # its samples are of some classes only
     if results["metric"] == "l1":
-        figures = {"figure4": figure4(out, results, home, folders), "l1": l1_against_k(results), "students": by_student(folders)}
+        figures = {"students": by_student(folders)} if not specialised else {}
+        figures |= {"figure4": figure4(out, results, home, folders)} if not specialised else {}
+        figures["l1"] = l1_against_k(results)
     else:
-        figures = {"samples": image_samples(results, home, folders), "fd": fd_against_k(results)}
-    name = "$\\ell_1$ to the teacher" if results["metric"] == "l1" else f"{results['title']} to the data"
-    figures["training"] = training(folders, results["metric"], name)
+        figures = {"samples": image_samples(results, home, folders)} if not specialised else {}
+        figures["fd"] = fd_against_k(results)
+    name = "$\\ell_1$" if results["metric"] == "l1" else results["title"]
+    if stage_folders("dm") and "dm" in results.get("stages", {"dm": 0}):
+        figures["training"] = training(stage_folders("dm"), results["metric"], f"{name} to the {'teacher' if results['metric'] == 'l1' else 'data'}")
+    if _last(results) != "dm":
+        figures["stages"] = stages(results)
+    if "adm" in results.get("stages", {}) and stage_folders("adm"):
+        figures["gan"] = gan(stage_folders("adm"), f"{results['metric']}_data", f"{name} to the data")
     if (home / "teacher" / "error.json").exists():
         figures["teacher"] = teacher_error(home)
     written = []
-    for name, fig in figures.items():
-        fig.tight_layout()
-        written.append(out / "figures" / f"{name}{suffix}.png")
-        common.write_atomic(written[-1], lambda t: fig.savefig(t, format="png"))
-        plt.close(fig)
-    return written
+    sizes = {}
+    for other in sorted(out.glob("results*.json")):                 # runs of several sizes, of several K each
+        r = common.load_json(other)
+        if isinstance(r.get("size"), str) and len(r.get("students", {})) > 1 and other.stem in ("results", f"results-{r['size']}"):
+            sizes[r["size"]] = r
+    if len(sizes) > 1:
+        fig = figure8(dict(sorted(sizes.items(), key=lambda item: item[1]["parameters"])))
+        written.append(_written(fig, out / "figures" / "figure8.png"))
+    return written + [_written(fig, out / "figures" / f"{name}{suffix}.png") for name, fig in figures.items()]
+
+
+def _written(fig: plt.Figure, path: Path) -> Path:
+    fig.tight_layout()
+    common.write_atomic(path, lambda t: fig.savefig(t, format="png"))
+    plt.close(fig)
+    return path
 
 
 @common.command
 def main(argv=None):
-    """python plot.py RUN_FOLDER [TAG]"""
+    """python plot.py RUN_FOLDER [TAG]; python plot.py RUN_FOLDER --compare TAG TAG …"""
     argv = sys.argv[1:] if argv is None else argv
+    if len(argv) > 2 and argv[1] == "--compare":
+        tags = ["" if t == "none" else t for t in argv[2:]]
+        for t in tags:
+            common.check_tag("--compare", t)
+        print(_written(compare(Path(argv[0]), tags), Path(argv[0]) / "figures" / f"compare-{'-'.join(argv[2:])}.png"))
+        return
     if not 1 <= len(argv) <= 2 or argv[0].startswith("-"):
-        raise common.UserError("usage: python plot.py RUN_FOLDER [TAG], such as python plot.py runs/toy")
+        raise common.UserError("usage: python plot.py RUN_FOLDER [TAG], or RUN_FOLDER --compare TAG TAG …, such as python plot.py runs/toy")
     print("\n".join(map(str, draw(*argv))))
 
 

@@ -86,12 +86,12 @@ class ToyNet(nn.Module):
     class set their phases. Noise of std s = c_in sigma in the scaled input shrinks a wave's mean by exp(-(|w| s)^2 / 2); here
     the fastest waves fade as exp(-(|w| s / CUTOFF)^2 / 2), gently, since a generator must draw sharp borders at sigma = 80,
     where its input is noise alone. Residual SiLU layers follow.
-    `features=True` also returns the last hidden layer [K, B, width], the bottleneck."""
+    `features=True` also returns a middle layer [K, B, width], the bottleneck; "only": it alone, without what follows."""
     LOWEST, HIGHEST, CUTOFF, SIGMA_DATA = 0.5, 60.0, 48.0, 0.5
 
     def __init__(self, students: int = 1, width: int = 64, depth: int = 2, classes: int = CLASSES, seed: int = 0):
         super().__init__()
-        self.students, self.width, self.depth, self.classes = students, width, depth, classes
+        self.students, self.width, self.depth, self.classes, self.bottleneck = students, width, depth, classes, (width,)
         g = torch.Generator().manual_seed(seed)
         waves, embed, octaves = 2 * width, width // 2, 8
 
@@ -119,7 +119,7 @@ class ToyNet(nn.Module):
         self.w_out = normal(width, 2, std=0.01)
         self.b_out = normal(1, 2, std=0.0)
 
-    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None, features: bool = False):
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None, features: bool | str = False):
         turn = c_noise[..., None] * self.octaves
         embed = torch.baddbmm(self.b_embed, torch.cat([turn.cos(), turn.sin()], -1), self.w_noise)
         if label is not None:
@@ -130,10 +130,14 @@ class ToyNet(nn.Module):
         fade = (-0.5 * s2[..., None] * (self.frequency / self.CUTOFF) ** 2).exp()               # [K, B, waves]
         wave = torch.sin(torch.bmm(x, self.w_wave) + torch.baddbmm(self.b_phase, embed, self.w_phase)) * fade
         h = F.silu(torch.baddbmm(self.b_in, torch.cat([x, wave], -1), self.w_in) + torch.bmm(embed, self.w_embed))
-        for w, b in zip(self.w_hidden, self.b_hidden):
+        for i, (w, b) in enumerate(zip(self.w_hidden, self.b_hidden)):
+            if i == self.depth // 2:
+                middle = h
+                if features == "only":
+                    return middle
             h = h + F.silu(torch.baddbmm(b, h, w))
         out = torch.baddbmm(self.b_out, h, self.w_out)
-        return (out, h) if features else out
+        return (out, middle) if features else out
 
 
 def toy_net(students: int = 1, size: str = "B") -> ToyNet:

@@ -118,7 +118,7 @@ class UNet(nn.Module):
     """F(x, c_noise, label) -> [..., C, H, W], for x [..., C, H, W], c_noise [...] and label [...] (int64; None: no class).
 
     resolution: H = W; size: a name in `sizes`, or a Size. `features=True` also returns the encoder's last output
-    [..., channels, h, w], before the decoder: the bottleneck. precision: dtype inside; None = bfloat16 on a GPU, else x's.
+    [..., *bottleneck], before the decoder: the bottleneck; "only": it alone, without the decoder. precision: dtype inside; None = bfloat16 on a GPU, else x's.
     ValueError if the resolution does not halve often enough."""
 
     def __init__(self, resolution: int, channels: int, classes: int, size: str | Size = "B", sizes: dict = SIZES):
@@ -147,7 +147,7 @@ class UNet(nn.Module):
                 self.enc[f"{r}x{r}_block{i}"] = Block(here, width * mult, embed, r in size.attention)
                 here = width * mult
                 skips.append(here)
-        self.bottleneck = here
+        self.bottleneck = (here, r, r)                              # shape, without leading dimensions
         for level, mult in reversed(list(enumerate(size.mult))):
             r = resolution >> level
             if level == len(size.mult) - 1:
@@ -160,7 +160,7 @@ class UNet(nn.Module):
                 here = width * mult
         self.out_norm, self.out_conv = Norm(here), zeroed(Conv(here, channels, 3))
 
-    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None, features: bool = False):
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None, features: bool | str = False):
         lead = x.shape[:-3]
         turn = (c_noise.reshape(-1, 1) * self.frequency).to(self.map_layer0.weight.dtype)
         embed = self.map_layer1(F.silu(self.map_layer0(torch.cat([turn.cos(), turn.sin()], 1))))
@@ -170,8 +170,10 @@ class UNet(nn.Module):
         for block in self.enc.values():
             h = block(h) if isinstance(block, Conv) else block(h, embed)
             skips.append(h)
-        bottleneck = h                                                                          # [B, bottleneck, h, w]
+        bottleneck = h.reshape(*lead, *h.shape[1:])                                             # [..., channels, h, w]
+        if features == "only":
+            return bottleneck
         for name, block in self.dec.items():
             h = block(torch.cat([h, skips.pop()], 1) if "block" in name else h, embed)
         out = self.out_conv(F.silu(self.out_norm(h))).reshape(x.shape).to(x.dtype)
-        return (out, bottleneck.reshape(*lead, *bottleneck.shape[1:])) if features else out
+        return (out, bottleneck) if features else out

@@ -4,6 +4,7 @@
   python tests/benchmark.py --data        images a second that the stream delivers, and that are decoded from a zip
   python tests/benchmark.py --unet EDM    EDM: a checkout of github.com/NVlabs/edm; same weights, forward and backward
   python tests/benchmark.py --dm B XXS    a DM update at 64 x 64 on this device: images a second and memory
+  python tests/benchmark.py --sizes B S XS XXS --dataset imagenet64      parameters, multiply-adds, latency, throughput [MSD Table 7]
 
 Medians of repeated rounds, alternating, on this machine."""
 import argparse
@@ -164,12 +165,46 @@ def updates(sizes: list[str], quick: bool):
         print(f"DM update, {size}, {facts.shape[-1]} x {facts.shape[-1]}, batch {batch}, {device}: {each:.2f} s, {batch / each:.1f} images a second{held}")
 
 
+def sizes(names: list[str], dataset: str, quick: bool):
+    """[MSD Table 7]: parameters, multiply-adds, batch-1 latency and throughput of one-step students, and what bounds them."""
+    from torch.utils.flop_counter import FlopCounterMode
+    facts = data.facts(dataset)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    many = 64 if device.type == "cuda" else 16_384 if facts.stacked else 64 if facts.shape[-1] < 64 else 4
+    rounds = 1 if quick else 200 if facts.stacked else 20 if facts.shape[-1] < 64 or device.type == "cuda" else 5
+    many = 2 if quick else many
+
+    def timed(net, batch: int) -> float:
+        label = torch.zeros(1, batch, dtype=torch.int64, device=device)
+        z = torch.randn(1, batch, *facts.shape, device=device)
+        with torch.no_grad():
+            return statistics.median([seconds(lambda: dmd.one_step(net, z, label)) for _ in range(rounds + 2)][2:])
+    print(f"{dataset}, one-step students, float32 on a CPU, bf16 inside on a GPU; {machine}")
+    print(f"{'size':>5} {'parameters':>12} {'multiply-adds':>14} {'latency, batch 1':>17} {'two cost':>9}   {'samples a second':>16} (batch {many})")
+    first = None
+    for name in names:
+        with torch.device("meta"):
+            net = edm.Precond(facts.net(1, name), facts.sigma_data)
+            counter = FlopCounterMode(display=False)
+            with counter, torch.no_grad():
+                dmd.one_step(net, torch.zeros(1, 1, *facts.shape), torch.zeros(1, 1, dtype=torch.int64))
+        count, macs = sum(p.numel() for p in net.parameters()), counter.get_total_flops() / 2
+        net = edm.Precond(facts.net(1, name), facts.sigma_data).to(device)
+        one, two, batch = timed(net, 1), timed(net, 2), timed(net, many)
+        first = first or one
+        print(f"{name:>5} {count:>12,} {macs:>14,.0f} {1e3 * one:>11.2f} ms {100 * (one / first - 1):>+4.0f}%{two / one:>8.2f}x   {many / batch:>16,.0f}   "
+              + ("launch-bound at batch 1: a second sample is nearly free" if two / one < 1.4 else "compute-bound"))
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
     parser.add_argument("--data", action="store_true")
     parser.add_argument("--unet", metavar="EDM", help="folder of a checkout of NVlabs/edm")
     parser.add_argument("--dm", nargs="+", metavar="SIZE", choices=("B", "S", "XS", "XXS"))
+    parser.add_argument("--sizes", nargs="+", metavar="SIZE", choices=("B", "S", "XS", "XXS"))
+    parser.add_argument("--dataset", default="toy", choices=tuple(data.DATASETS))
     args = parser.parse_args(argv)
     torch.set_num_threads(min(2, torch.get_num_threads()))
     if args.data:
@@ -178,7 +213,9 @@ def main(argv=None):
         unets(args.unet, args.quick)
     if args.dm:
         updates(args.dm, args.quick)
-    if not (args.data or args.unet or args.dm):
+    if args.sizes:
+        sizes(args.sizes, args.dataset, args.quick)
+    if not (args.data or args.unet or args.dm or args.sizes):
         stack(args.quick)
 
 

@@ -57,7 +57,7 @@ def test_leading_dimensions_and_bottleneck():
     net = awake(unet.UNet(16, 3, 10, SMALL))
     x, c, label = torch.randn(2, 3, 3, 16, 16), torch.randn(2, 3), torch.randint(10, (2, 3))
     out, features = net(x, c, label, features=True)
-    assert out.shape == x.shape and features.shape == (2, 3, net.bottleneck, 8, 8) and net.bottleneck == 64
+    assert out.shape == x.shape and features.shape == (2, 3, *net.bottleneck) and net.bottleneck == (64, 8, 8)
     torch.testing.assert_close(out[1, 2], net(x[1, 2:3], c[1, 2:3], label[1, 2:3])[0])
 
 
