@@ -11,16 +11,19 @@ network here, the critic, trained together; it takes several updates per update 
 
 The best DM checkpoint of each student is where it starts, and its best ADM checkpoint is kept by the same judge, against real
 data, on draws that are not reported. The fake denoiser starts again from the teacher's weights, as the paper found better
-(--adm-fake resume goes on with stage 1's, as DMD2 does). `--gan-weight 0` switches the GAN off: DM continued, the control.
+(--adm-fake resume goes on with stage 1's last one, as DMD2 does). `--gan-weight 0` switches the GAN off: DM continued, the control.
 
 What is healthy: gan.png, and README's "Is my ADM run healthy?". Not here: the pairs, the first stage (dmd.py), F_ADM (msd.py).
 
-Departures from the paper (1, 2 everywhere, the others on the toy and on the small images)
+Departures from the paper
  1. "Middle block", "probability": the encoder's last block and a logit, as in the code that the paper builds on.
- 2. TTUR of 5, head from random weights and noise over all bins: not stated in the paper; DMD2's values.
- 3. mu_fake gets a head start from the teacher's weights (--adm-fake-warmup) before G moves.
- 4. The toy: a small MLP for a head on ToyNet's middle layer; other weights of the two GAN losses, and larger learning rates
-    that decay, as in its DM stage; an average of G's weights is kept.
+ 2. Head from random weights (it has no teacher's), noise over all bins, TTUR of 5: not stated in the paper; DMD2's. What counts
+    as an iteration is not stated either: --adm-steps counts updates of G, as everywhere here (DMD2 counts those of mu_fake).
+On the toy and on the small images also
+ 3. TTUR of 2; mu_fake and head get a head start (--adm-fake-warmup) at G's first update; larger learning rates that decay; an
+    average of G's weights is kept, and its start is a candidate for the best checkpoint.
+ 4. The toy: a small MLP for a head on ToyNet's middle layer, GAN weights 0.03 and 1, and the head sees bins 0 to 100 of 1000
+    (sigma <= 0.017): above, real and generated samples look alike to it.
 
 Run      python adm.py --dataset toy                  after python dmd.py --dataset toy
 Many GPUs    torchrun --nproc-per-node 8 adm.py --dataset imagenet64
@@ -51,7 +54,7 @@ class Flags(tsm.Flags):
     adm_fake_lr: float = flag(5e-3, "learning rate of the fake denoiser and the head", "adm", low=0)
     adm_ttur: int = flag(2, "updates of the fake denoiser and the head per update of G", "adm", low=1)
     adm_fake: str = flag("restart", "the fake denoiser starts from the teacher's weights, or resumes stage 1's", "adm", ("restart", "resume"))
-    adm_fake_warmup: int = flag(400, "updates of the fake denoiser and the head before G moves", "adm", low=0)
+    adm_fake_warmup: int = flag(400, "further updates of the fake denoiser and the head at G's first update", "adm", low=0)
     adm_reg_weight: float = flag(0.0, "weight of the paired regression, kept from stage 1; 0 = none", "adm", low=0)
     gan_weight: float = flag(0.03, "weight of the GAN loss in G's; 0 = no GAN at all: DM continued", "adm", low=0)
     critic_weight: float = flag(1.0, "weight of the GAN loss in the fake denoiser's", "adm", low=0)
@@ -69,7 +72,7 @@ PRESETS = {
     ("fashion-mnist", "smoke"): dict(PAPER, adm_steps=4, adm_batch=4, adm_fake_warmup=1, adm_ttur=2),
     ("cifar10", "default"): dict(PAPER, adm_steps=100_000, adm_batch=256, adm_lr=5e-6, adm_fake_lr=5e-6),
     ("cifar10", "smoke"): dict(PAPER, adm_steps=2, adm_batch=2, adm_fake_warmup=1, adm_ttur=1),
-    # [MSD App. D.2.1]; for smaller students D.2.2 (S) and B.6 (XS, XXS: "the same learning rate of 2e-6")
+    # [MSD App. D.2.1], 150 000 iterations read as updates of G; for smaller students D.2.2 (S) and B.6 (XS, XXS: "the same learning rate of 2e-6")
     ("imagenet64", "default"): dict(PAPER, adm_steps=150_000, adm_batch=192, adm_lr=5e-7, adm_fake_lr=5e-7),
     ("imagenet64", "default", "S"): dict(adm_batch=160),
     ("imagenet64", "default", "XS"): dict(adm_batch=224, adm_lr=2e-6, adm_fake_lr=2e-6),
@@ -105,7 +108,7 @@ class Head(nn.Module):
             channels, side = shape[:2]
             layers, conv = [], dict(kernel_size=4, stride=2, padding=1)
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(67280421310721 + seeds[0])
+                torch.manual_seed(edm.PYTORCH_SEED + seeds[0])
                 while side > 4:
                     layers += [nn.Conv2d(channels, channels, **conv), unet.Norm(channels), nn.SiLU()]
                     side //= 2
@@ -229,7 +232,7 @@ def train(run: common.Stage, flags: Flags, members, teacher, net, fake_net, sour
         opt_G.step()
         common.ema_update(ema, G, flags.ema, step)
 
-        # the critic's turns: the first on G's samples of this step, the others on fresh ones; a head start before G's first updates count
+        # the critic's turns: the first on G's samples of this step, the others on fresh ones; at the first step many, a head start
         critic.requires_grad_(True)
         head.requires_grad_(gan)
         turns = flags.adm_ttur + (flags.adm_fake_warmup if step == 0 else 0)
@@ -283,9 +286,9 @@ def rms(v: Tensor) -> Tensor:
 
 def config(flags: Flags, seed: int, start: dmd.Start) -> dict:
     """The flags that determine the ADM students of a seed, but for K and the partition."""
-    pairs = common.stage_config(flags, "pairs") if flags.adm_reg_weight > 0 or flags.real == "generated" else {}
-    judge = {} if data.DATASETS[flags.dataset].stacked else {"features": Path(flags.features).name or "classifier"}
-    return {**edm.lineage(flags, seed), **judge, "start": start.name, "real": flags.real, **pairs, "weight_decay": flags.weight_decay,
+    paired = ("sampler_steps", "pairs", *(("distance", "filter_pairs") if flags.adm_reg_weight > 0 else ()))
+    pairs = {name: getattr(flags, name) for name in paired} if flags.adm_reg_weight > 0 or flags.real == "generated" else {}
+    return {**dmd.ancestry(flags, seed), "start": start.name, "real": flags.real, **pairs, "weight_decay": flags.weight_decay,
             **{name: getattr(flags, name) for name in SHARED}, **common.stage_config(flags, "adm")}
 
 
@@ -300,17 +303,17 @@ def resumed_fake(home: Path, k: int) -> dict:
     return {name: (v if members == 1 else v[k:k + 1]).clone() for name, v in saved["parts"]["mu_fake"].items()}
 
 
-def distil(flags: Flags, members: list, pair_index: list, starts: list[dmd.Start], homes: list, inputs: dmd.Inputs, source, device, ranks) -> None:
+def distil(flags: Flags, members: list, pair_index: list, starts: list[dmd.Start], inputs: dmd.Inputs, source, device, ranks) -> None:
     """G_k = Distill_ADM(mu_teacher, F_ADM(D, Y_k); G_k^(1)) for all members [MSD Eq. 2]: best.pt and ema.pt in each adm folder.
 
-    starts, homes: per member its stage-1 student and the folder that holds it; source() gives the real data."""
+    starts: per member its stage-1 student; source() gives the real data."""
     seeds = edm.seeds(flags)
 
     def train_stack(run, index: list[int]) -> dict:
         stack, row = [members[i] for i in index], [seeds.index(members[i].seed) for i in index]
         net, teacher, fake = dmd.networks(flags, [starts[i] for i in index], row, inputs, device)
         if flags.adm_fake == "resume":
-            states = [resumed_fake(homes[i], members[i].student) for i in index]
+            states = [resumed_fake(starts[i].home, members[i].student) for i in index]
             fake.load_state_dict({k: torch.cat([s[k] for s in states]) if len(states) > 1 else states[0][k] for k in states[0]})
         references = {s: r["real_select"] for s, r in inputs.references.items()}
         ema, best = train(run, flags, stack, teacher, net, fake, source(), inputs.judge, references, device,
@@ -325,6 +328,8 @@ def check_flags(flags: Flags) -> None:
     tsm.check_flags(flags)
     if len(flags.gan_bins) != 2 or not 0 <= flags.gan_bins[0] <= flags.gan_bins[1] <= 999:
         raise common.UserError(f"--gan-bins {' '.join(map(str, flags.gan_bins))}: give two numbers, lowest and highest of 0 to 999")
+    if flags.gan_weight == flags.dm_weight == flags.adm_reg_weight == 0:
+        raise common.UserError("--gan-weight 0, --dm-weight 0 and --adm-reg-weight 0: nothing is left to train on")
     if flags.gan_weight > 0 and flags.critic_weight == 0:
         raise common.UserError("--critic-weight 0: the head would never learn; --gan-weight 0 switches the GAN off")
 
@@ -338,20 +343,22 @@ def main(argv=None):
     if flags.dry_run:
         print(common.describe(flags))
         return
+    if flags.student_size:
+        raise common.UserError(f"--student-size {flags.student_size}: python msd.py --students 1 --student-size {flags.student_size} "
+                               f"--stages tsm,dm,adm trains smaller students")
     if flags.teacher == "exact":
         raise common.UserError("--teacher exact: python msd.py --teacher exact --students 1 --stages dm,adm also makes the weights it needs")
     device = common.device(flags.device, flags.threads)
     ranks = common.world(device)
     facts = data.facts(flags.dataset, flags.resolution)
     members = [common.Member(seed, 1, 0, tuple(range(facts.classes))) for seed in edm.seeds(flags)]
-    homes = [dmd.stage_folder(flags, m.seed, 1) for m in members]
-    starts = [dmd.start_from(h, "best.pt", 0) for h in homes]
+    starts = [dmd.start_from(dmd.stage_folder(flags, m.seed, 1), "best.pt", 0) for m in members]
     if ranks.rank == 0:
         print(f"adm: one student of {flags.dataset}, {flags.adm_steps} updates of batch {flags.adm_batch}, on {device}, into {flags.out}")
     source = data.opened(flags, ranks)
     with common.alone(Path(flags.out), ranks):
         inputs = dmd.get_inputs(flags, device, ranks)
-    distil(flags, members, [torch.arange(flags.pairs)] * len(members), starts, homes, inputs, real_data(flags, inputs, source), device, ranks)
+    distil(flags, members, [torch.arange(flags.pairs)] * len(members), starts, inputs, real_data(flags, inputs, source), device, ranks)
     for m in members if ranks.rank == 0 else ():
         print(f"seed {m.seed}: {dmd.stage_folder(flags, m.seed, 1, 'adm')}")
     common.leave(ranks)

@@ -424,6 +424,8 @@ def check_flags(flags: Flags) -> None:
                                f"{flags.fake_bins[1]} only; widen --fake-bins")
     if flags.distance == "lpips" and facts.stacked:
         raise common.UserError(f"--distance lpips: needs images; {flags.dataset} takes l2 or mse")
+    if flags.teacher == "exact" and facts.exact is None:
+        raise common.UserError(f"--teacher exact: {flags.dataset} has no closed form; train one or give a checkpoint's path")
     if flags.fake == "kde" and facts.exact is None:
         raise common.UserError(f"--fake kde: an oracle for the toy; {flags.dataset} needs --fake net")
     for name in ("tag", "against"):                                 # the second is msd.py's
@@ -460,7 +462,8 @@ def get_inputs(flags: Flags, device, ranks, get_teachers=edm.get_teachers) -> In
         data.same_data(flags, source())
         if ranks.rank == 0 and flags.features:
             fid.Inception(flags.features, device)
-        if ranks.rank == 0 and flags.distance == "lpips" and flags.reg_weight > 0:
+        regression = flags.reg_weight > 0 or getattr(flags, "adm_reg_weight", 0) > 0 or "post" in getattr(flags, "stages", "")
+        if ranks.rank == 0 and flags.distance == "lpips" and regression:
             lpips_distance("cpu")
         ranks.wait()
     teachers = get_teachers(flags, source, device, ranks)
@@ -501,7 +504,9 @@ def stage_folder(flags: Flags, seed: int, students: int, stage: str = "dm", tag:
 class Start:
     """What one student's generator begins with."""
     name: str                                                       # for config.json: teacher, random, or where and a hash of its flags
+    size: object                                                    # of its network
     load: Callable                                                  # load() -> Precond, a stack of one
+    home: Path | None = None                                        # the stage folder that it comes from, if it does
 
 
 def read_students(path: Path) -> tuple[dict, edm.Precond]:
@@ -517,12 +522,12 @@ def read_students(path: Path) -> tuple[dict, edm.Precond]:
 
 
 def load_student(home: Path, name: str, k: int) -> edm.Precond:
-    """Student k of a stage folder, frozen, a stack of one; its attribute `size` says which."""
+    """Student k of a stage folder, frozen, a stack of one."""
     path = home / f"student{k}" / name if (home / f"student{k}").is_dir() else home / name
     return _row(path, path.stat().st_mtime_ns if path.exists() else 0, k if path.parent == home else 0)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=2)
 def _row(path: Path, changed: int, k: int) -> edm.Precond:
     saved, G = _read(path, changed)
     members = len(saved["partition"])
@@ -530,11 +535,10 @@ def _row(path: Path, changed: int, k: int) -> edm.Precond:
         raise common.UserError(f"{path}: {members} students, but number {k} is asked for")
     one = edm.Precond(saved["facts"].net(1, saved["size"]), G.sigma_data).requires_grad_(False)
     one.load_state_dict(common.rows_of(G, slice(k, k + 1), members))
-    one.size = saved["size"]
     return one
 
 
-_read = functools.lru_cache(maxsize=2)(lambda path, changed: read_students(path))
+_read = functools.lru_cache(maxsize=1)(lambda path, changed: read_students(path))     # a stack's rows are asked for one after another
 
 
 def start_from(home: Path, name: str, k: int) -> Start:
@@ -544,26 +548,42 @@ def start_from(home: Path, name: str, k: int) -> Start:
         raise common.UserError(f"{path}: no {name} to start from; train that stage first")
     flags = common.load_json(path / "config.json")
     digest = hashlib.blake2b(repr(sorted(flags.items())).encode(), digest_size=4).hexdigest()
-    return Start(f"{home.parent.name}/{home.name} {digest}", lambda: load_student(home, name, k))
+    saved = common.load_tensors(path / name, mmap=True)             # mapped: not read whole for its size
+    if not isinstance(saved, dict) or "size" not in saved:
+        raise common.UserError(f"{path / name}: not a students' checkpoint of this code")
+    return Start(f"{home.parent.name}/{home.name} {digest}", saved["size"], lambda: load_student(home, name, k), home)
 
 
 def random_start(facts: data.Facts, size, seed: int) -> Start:
     """Fresh weights, the same for all students of a seed."""
     def load():
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(67280421310721 + seed)
-            D = edm.Precond(facts.net(1, size), facts.sigma_data).requires_grad_(False)
-        D.size = size
-        return D
-    return Start("random", load)
+            torch.manual_seed(edm.PYTORCH_SEED + seed)
+            return edm.Precond(facts.net(1, size), facts.sigma_data).requires_grad_(False)
+    return Start("random", size, load)
 
 
 def config(flags: Flags, seed: int, start: Start | None = None) -> dict:
     """The flags that determine the students of a seed, but for K and the partition."""
-    judge = {} if data.DATASETS[flags.dataset].stacked else {"features": Path(flags.features).name or "classifier"}
     begin = {} if start is None or start.name == "teacher" else {"start": start.name, **common.stage_config(flags, "size")}
-    return {**edm.lineage(flags, seed), **judge, **begin, "sampler_steps": flags.sampler_steps, "weight_decay": flags.weight_decay,
+    return {**ancestry(flags, seed), **begin, "sampler_steps": flags.sampler_steps, "weight_decay": flags.weight_decay,
             **common.stage_config(flags, "pairs"), **common.stage_config(flags, "dm")}
+
+
+def ancestry(flags: Flags, seed: int) -> dict:
+    """What determines teacher, weights to start from, and judge of a seed: part of every student's config.json."""
+    judge = {} if data.DATASETS[flags.dataset].stacked else {"features": Path(flags.features).name or "classifier"}
+    weights = {"weights of exact": [common.stage_config(flags, "tsm"), flags.noise_law, flags.P_mean, flags.P_std, flags.teacher_size,
+                                    getattr(flags, "init", "")]} if flags.teacher == "exact" else {}
+    return {**edm.lineage(flags, seed), **judge, **weights}
+
+
+def generators(flags: Flags, starts: list[Start], device) -> edm.Precond:
+    """The stack of generators at their starts, [M, ...]."""
+    facts, begin = data.facts(flags.dataset, flags.resolution), [s.load() for s in starts]
+    G = edm.ready(facts.net(len(begin), starts[0].size), begin[0].sigma_data, flags, device)
+    G.load_state_dict(common.stack_of(begin))
+    return G
 
 
 def networks(flags: Flags, starts: list[Start], row: list[int], inputs: Inputs, device):
@@ -571,9 +591,7 @@ def networks(flags: Flags, starts: list[Start], row: list[int], inputs: Inputs, 
 
     row: per member, which teacher. mu_fake has the teacher's size, whatever the generators' is."""
     facts, size = data.facts(flags.dataset, flags.resolution), inputs.teachers[0].size
-    begin = [s.load() for s in starts]
-    G = edm.ready(facts.net(len(begin), getattr(begin[0], "size", size)), begin[0].sigma_data, flags, device)
-    G.load_state_dict(common.stack_of(begin))
+    G = generators(flags, starts, device)
     fake = edm.ready(facts.net(len(row), size), inputs.teachers[0].sigma_data, flags, device)
     fake.load_state_dict(common.stack_of([inputs.teachers[r] for r in row]))
     teacher = (facts.exact if flags.teacher == "exact" else inputs.teachers[row[0]] if len(row) == 1
@@ -626,9 +644,8 @@ def train_all(flags: Flags, stage: str, members: list, homes: list[Path], config
         name = stage if facts.stacked else f"{stage}, student {stack[0].student} of {stack[0].students}"
         run = common.Stage(name, slices, steps, flags.save_every, flags.quiet, ranks)
         nets = train_stack(run, chosen)
-        size = getattr(starts[chosen[0]].load(), "size", None) or flags.teacher_size or facts.sizes[0]
         for folder, rows in slices.items() if run.main else ():
-            about = {"dataset": facts.name, "resolution": facts.resolution, "size": size,
+            about = {"dataset": facts.name, "resolution": facts.resolution, "size": starts[chosen[0]].size,
                      "partition": [m.classes for m in stack[rows]], "seconds": run.seconds()}
             for file, D in nets.items():
                 common.save_tensors(folder / file, {**about, "net": common.rows_of(D, rows, len(stack))})
@@ -665,7 +682,7 @@ def main(argv=None):
         inputs = get_inputs(flags, device, ranks)
     members = [common.Member(seed, 1, 0, tuple(range(facts.classes))) for seed in edm.seeds(flags)]
     everything = torch.arange(flags.pairs)
-    starts = [Start("teacher", lambda D=D: D) for D in inputs.teachers]
+    starts = [Start("teacher", D.size, lambda D=D: D) for D in inputs.teachers]
     distil(flags, members, [everything] * len(members), starts, inputs, device, ranks)
     for m in members if ranks.rank == 0 else ():
         print(f"seed {m.seed}: {stage_folder(flags, m.seed, 1)}")

@@ -38,6 +38,7 @@ import unet
 from common import flag
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7
+PYTORCH_SEED = 67280421310721                                       # its own default; a run's seed is added
 
 
 @dataclasses.dataclass
@@ -223,8 +224,8 @@ def train(run: common.Stage, flags: Flags, source, members: list[common.Member],
     """Train one teacher per member (per seed) as a stack; returns the averaged weights."""
     facts = data.facts(flags.dataset, flags.resolution)
     draws = common.Draws("teacher", members, device)
-    with torch.random.fork_rng(devices=[]):                         # PyTorch's own default seed, plus the run's
-        torch.manual_seed(67280421310721 + members[0].seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(PYTORCH_SEED + members[0].seed)
         net = facts.net(len(members), flags.teacher_size)
     D = ready(net, facts.sigma_data, flags, device)
     ema = copy.deepcopy(D).requires_grad_(False)
@@ -310,10 +311,9 @@ def load_teacher(path) -> Precond:
 def get_teachers(flags: Flags, source, device, ranks: common.Ranks) -> list[Precond]:
     """One trained network per seed: loaded from --teacher PATH, reused from the run folder, or trained now.
 
-    source() gives the data when they are needed. The toy's seeds train as one stack. With `--teacher exact` the scores are
-    exact, but a student still needs weights to start from: these."""
+    source() gives the data when they are needed. The toy's seeds train as one stack. (`--teacher exact`: tsm.teachers_by_tsm.)"""
     facts = data.facts(flags.dataset, flags.resolution)
-    if flags.teacher not in ("train", "exact"):
+    if flags.teacher != "train":
         teachers = [load_teacher(flags.teacher) for _ in seeds(flags)]
         found = teachers[0].facts
         if (found.shape, found.classes) != (facts.shape, facts.classes):
@@ -321,8 +321,6 @@ def get_teachers(flags: Flags, source, device, ranks: common.Ranks) -> list[Prec
                                    f"{facts.name} has {'x'.join(map(str, facts.shape))}, {facts.classes} classes; give the --dataset "
                                    f"and --resolution that it was trained on")
         return [ready_teacher(D, flags, device) for D in teachers]
-    if flags.teacher == "exact" and facts.exact is None:
-        raise common.UserError(f"--teacher exact: {flags.dataset} has no closed form; train one or give a checkpoint's path")
     folders = {seed: Path(flags.out) / f"seed{seed}" / "teacher" for seed in seeds(flags)}
     for seed, folder in folders.items():
         common.check_config(folder, {**origin(flags, seed), **common.stage_config(flags, "teacher")})
@@ -389,8 +387,8 @@ def main(argv=None):
         return
     device = common.device(flags.device, flags.threads)
     ranks = common.world(device)
-    if flags.teacher not in ("train", "exact"):
-        raise common.UserError(f"--teacher {flags.teacher}: edm.py trains a teacher; give --teacher train (msd.py takes the file)")
+    if flags.teacher != "train":
+        raise common.UserError(f"--teacher {flags.teacher}: edm.py trains a teacher; give --teacher train (msd.py takes the others)")
     ranks.parts(flags.teacher_batch, flags.micro_batch)
     if ranks.rank == 0:
         print(f"edm: teacher of {flags.dataset}, {flags.teacher_steps} steps of batch {flags.teacher_batch}, on {device}, "

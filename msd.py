@@ -23,7 +23,9 @@ Sweep    python msd.py --dataset toy --students 1 2 4 8 --seeds 5
 Images   python msd.py --dataset fashion-mnist --students 1 5
 GPUs     torchrun --nproc-per-node 8 msd.py --dataset imagenet64 --students 4 (on each node; --student k runs one alone)
 """
+import contextlib
 import dataclasses
+import functools
 import math
 import os
 import time
@@ -93,7 +95,7 @@ def filter_dm(pair_label: Tensor, classes_k: Tensor, filter_pairs: bool = False)
 def filter_adm(real_label: Tensor, classes_k: Tensor) -> tuple[Tensor, Tensor]:
     """F_ADM(D, Y_k) = (D_real of Y_k, C_{Y_k}) [MSD Sec. 3.2]: the KL and GAN classes, and the indices of the usable real data.
 
-    UserError if the data have none of them."""
+    A source's `batch` draws from exactly these (data.py); asked beforehand, since UserError if the data have none of them."""
     own = torch.isin(real_label.cpu(), classes_k).nonzero()[:, 0]
     if not len(own):
         raise common.UserError(f"ADM needs real data of the classes {classes_k.tolist()}, and there are none")
@@ -182,7 +184,7 @@ def _read_students(path: Path, flags=None) -> tuple[dict, edm.Precond]:
     return saved, edm.ready(G.net, G.sigma_data, flags, "cpu").requires_grad_(False) if flags else G
 
 
-ONE_STEP = ("dm", "adm", "post")                                    # stages that leave one-step generators
+ONE_STEP = ("post", "dm", "adm")                                    # stages that leave one-step generators; the last one there is, is served
 
 
 def load_students(folder, name: str = "best.pt", flags=None) -> Students:
@@ -263,6 +265,9 @@ def evaluate(flags: Flags, inputs: dmd.Inputs, device) -> dict:
                 f"{m}_last": judge.distance(last, report, own), f"{m}_data_last": judge.distance(last, real, own)}
 
     stages = [s for s in flags.stages.split(",") if s in ONE_STEP]
+    if own and facts.stacked:                                       # the floors, on these classes
+        for r in inputs.references.values():
+            r |= {"floor": judge.distance(r["select"], r["report"], own), "floor_data": judge.distance(r["real_select"], r["real"], own)}
     rows: dict = {stage: {str(K): [] for K in flags.students} for stage in stages}
     teacher, floor, floor_data, general = [], [], [], []
     for seed in seeds:
@@ -289,26 +294,30 @@ def evaluate(flags: Flags, inputs: dmd.Inputs, device) -> dict:
 
     by_stage = {stage: {K: summary(r) for K, r in of_k.items()} for stage, of_k in rows.items()}
     with torch.device("meta" if not facts.stacked else "cpu"):
-        count = sum(p.numel() for p in facts.net(1, size_of(flags, facts, inputs)).parameters())
-    return {"dataset": flags.dataset, "seeds": seeds, "samples": N, "config": results_config(flags, seeds[0]),
-            "metric": m, "title": judge.title, "floor": mean(floor), "floor_data": mean(floor_data),
+        count = sum(p.numel() for p in facts.net(1, size_of(flags, inputs)).parameters())
+    return {"dataset": flags.dataset, "seeds": seeds, "samples": N, "configs": {s: results_config(flags, seeds[0], s) for s in stages}, "metric": m, "title": judge.title, "floor": mean(floor), "floor_data": mean(floor_data),
             "teacher": {**{k: mean([t[k] for t in teacher]) for k in teacher[0]}, "per_seed": teacher,
                         "evaluations": 2 * flags.sampler_steps - 1},
-            "size": size_of(flags, facts, inputs), "parameters": count, "students": by_stage[stages[-1]], "stages": by_stage,
+            "size": flags.student_size or flags.teacher_size or facts.sizes[0], "parameters": count, "classes_of_data": facts.classes,
+            "students": by_stage[stages[-1]], "stages": by_stage,
             **({"classes": own} if own else {}), **({"general": summary(general)} if len(general) == len(seeds) else {})}
 
 
-def size_of(flags: Flags, facts: data.Facts, inputs: dmd.Inputs):
+def size_of(flags: Flags, inputs: dmd.Inputs):
     """The students' size: --student-size, or that of the teacher at hand."""
     return flags.student_size or inputs.teachers[0].size
 
 
-def results_config(flags: Flags, seed: int) -> dict:
-    """What must be equal for two runs to stand in one table; of plain DM the same as its folder's config.json."""
-    more = {} if flags.stages == "dm" and not flags.student_size else {"stages": flags.stages, "init": flags.init, "real": flags.real}
-    for stage in flags.stages.split(",") if more else ():
-        more |= common.stage_config(flags, "dm" if stage == "dm" else stage)
-    return {**dmd.config(flags, seed), **more, **(common.stage_config(flags, "size") if flags.student_size else {})}
+def results_config(flags: Flags, seed: int, stage: str) -> dict:
+    """What must be equal for two runs' rows of a stage to stand in one table."""
+    before = flags.stages.split(",")[:flags.stages.split(",").index(stage)]
+    out = {**dmd.ancestry(flags, seed), "size": flags.student_size, "init": flags.init if not before else "", "before": before,
+           "sampler_steps": flags.sampler_steps, "weight_decay": flags.weight_decay}
+    names = {"dm": ("pairs", "dm"), "adm": ("adm", "real"), "post": ("post",), "tsm": ("tsm", "real")}
+    for s in (*before, stage):
+        for name in names[s]:
+            out |= common.stage_config(flags, name)
+    return out | ({n: getattr(flags, n) for n in adm.SHARED} if stage == "adm" else {n: getattr(flags, n) for n in tsm.POST_SHARED} if stage == "post" else {})
 
 
 def general_folder(flags: Flags, facts: data.Facts, seed: int, stage: str) -> Path | None:
@@ -317,7 +326,7 @@ def general_folder(flags: Flags, facts: data.Facts, seed: int, stage: str) -> Pa
     return folder if list(folder.glob("**/best.pt")) else None
 
 
-COLUMNS = {"within": ("within", "4 std", ".4f"), "modes": ("modes", "of 64", ".1f"), "mode_min": ("emptiest", "mode", ".2f"),
+COLUMNS = {"within": ("within", "4 std", ".4f"), "modes": ("modes", "(exp H)", ".1f"), "mode_min": ("emptiest", "mode", ".2f"),
            "mode_max": ("fullest", "mode", ".2f"), "right class": ("right", "class", ".4f")}
 
 
@@ -406,10 +415,10 @@ def estimate(flags: Flags, device) -> float:
     return total + (0 if facts.stacked else 60)
 
 
-def memory(flags: Flags, student: int, teacher: int) -> str:
+def memory(flags: Flags, student: int, teacher: int, head: int) -> str:
     """What a rank keeps beside the activations, for networks of these numbers of weights: how large a GPU a student needs."""
-    held = {"teacher": teacher, "starts": student + teacher, "G": student, "mu_fake": teacher, "average of G": student, "best of them": student,
-            "gradients": student + teacher, "AdamW": 2 * (student + teacher)}
+    held = {"teacher": teacher, "starts": student + teacher, "G": student, "mu_fake": teacher, **({"head": head} if head else {}),
+            "average of G": student, "best of them": student, "gradients": student + teacher + head, "AdamW": 2 * (student + teacher + head)}
     return (f"memory of a student's rank, without activations: {sum(held.values()) * 4 / 2 ** 30:.2f} GiB in float32 ("
             + ", ".join(f"{k} {v * 4 / 2 ** 30:.2f}" for k, v in held.items()) + ")")
 
@@ -423,12 +432,14 @@ def batches(flags: Flags) -> list[tuple[str, int]]:
 def dry_run(flags: Flags, facts: data.Facts, parts: dict) -> None:
     """Every value with its source, parameters, memory, and which rank trains what: without data, weights or allocation."""
     with torch.device("meta" if not facts.stacked else "cpu"):
-        teacher = sum(p.numel() for p in facts.net(1, flags.teacher_size).parameters())
+        net = facts.net(1, flags.teacher_size)
+        teacher = sum(p.numel() for p in net.parameters())
+        head = sum(p.numel() for p in adm.Head(net.bottleneck, [0]).parameters()) if "adm" in flags.stages else 0
         count = sum(p.numel() for p in facts.net(1, flags.student_size or flags.teacher_size).parameters())
     print(common.describe(flags))
     print(f"parameters: {count:,} a network; " + "; ".join(f"K = {K}: {K * count:,}, of which a sample uses {count:,}" for K in parts)
           + (f"; teacher and fake denoiser: {teacher:,}" if count != teacher else ""))
-    print(memory(flags, count, teacher))
+    print(memory(flags, count, teacher, head))
     if flags.reg_weight > 0:
         size = flags.pairs * math.prod(facts.shape) * (4 if facts.stacked else 2)
         print(f"pairs: {flags.pairs:,} times {(2 * flags.sampler_steps - 1)} evaluations of the teacher, {size / 2 ** 20:,.0f} MiB on disk, "
@@ -456,7 +467,13 @@ def check_stages(flags: Flags, facts: data.Facts) -> None:
                                f"not in this order; one of {'; '.join(ORDERS)}"))
     if flags.student_size == facts.sizes[0] and not flags.teacher_size:
         flags.student_size = ""                                     # the teacher's own
-    first, small = flags.stages.split(",")[0], bool(flags.student_size) and flags.student_size != flags.teacher_size
+    stages = flags.stages.split(",")
+    first, small = stages[0], bool(flags.student_size) and flags.student_size != flags.teacher_size
+    if "adm" in stages:
+        adm.check_flags(flags)
+        before = stages[stages.index("adm") - 1] if first != "adm" else (flags.init or "dm").partition("-")[0]
+        if flags.adm_fake == "resume" and before not in ("dm", "adm"):
+            raise common.UserError("--adm-fake resume: goes on with the fake denoiser of a dm stage; ADM does not start from one here")
     if flags.init and first == "tsm":
         raise common.UserError(f"--init {flags.init}: TSM starts from random weights; leave the flag out, or tsm")
     if small and flags.init == "teacher":
@@ -468,7 +485,7 @@ def check_stages(flags: Flags, facts: data.Facts) -> None:
         if flags.source["students"] == "flag" and flags.students != [1]:
             raise common.UserError("--classes: one specialised student; leave --students out")
         flags.students = [1]
-    flags.tag = flags.tag or default_tag(flags, facts, flags.classes)
+    flags.tag = flags.tag or "-".join(filter(None, [default_tag(flags, facts, flags.classes), "post" if stages[-1] == "post" else ""]))
 
 
 def classes_of(flags: Flags, facts: data.Facts) -> list[int] | None:
@@ -490,52 +507,52 @@ def default_tag(flags: Flags, facts: data.Facts, classes: str) -> str:
     return "-".join(([flags.student_size] if flags.student_size else []) + ([f"classes{'_'.join(map(str, own))}"] if own else []))
 
 
-def first_start(flags: Flags, facts: data.Facts, m: common.Member, teacher) -> tuple[dmd.Start, Path | None]:
-    """What the first stage of member m starts from, and the stage folder that holds it, if one does. UserError if it is not there."""
+def first_start(flags: Flags, facts: data.Facts, m: common.Member, teacher) -> dmd.Start:
+    """What the first stage of member m starts from; teacher: whose weights, if it is the teacher. UserError if it is not there."""
     first = flags.stages.split(",")[0]
     init = flags.init or {"tsm": "random", "dm": "teacher", "adm": "dm" + common.suffix(flags.tag),
                           "post": "random" if flags.student_size else "teacher"}[first]
-    size = flags.student_size or flags.teacher_size or facts.sizes[0]
+    size = flags.student_size or (teacher.size if teacher else flags.teacher_size or facts.sizes[0])
     if init == "teacher":
-        return dmd.Start("teacher", lambda: teacher), None
+        return dmd.Start("teacher", size, lambda: teacher)
     if init == "random":
-        return dmd.random_start(facts, size, m.seed), None
+        return dmd.random_start(facts, size, m.seed)
     stage, _, tag = init.partition("-")
     if Path(init).is_file():
-        return checkpoint(init), None
-    if stage not in ("tsm", *ONE_STEP):
-        raise common.UserError(f"--init {init}: no such file, and none of teacher, random, tsm, dm, adm, post (with -TAG)")
-    if stage == "tsm":
-        home, k = tsm.home(flags, m, size), 0 if flags.tsm_common else m.student
+        start = checkpoint(init, facts)
+    elif stage == "tsm":
+        start = dmd.start_from(tsm.home(flags, m, size), "ema.pt", 0 if flags.tsm_common else m.student)
+    elif stage in ONE_STEP:
+        start = dmd.start_from(dmd.stage_folder(flags, m.seed, m.students, stage, tag), "best.pt", m.student)
     else:
-        home, k = dmd.stage_folder(flags, m.seed, m.students, stage, tag), m.student
-    start = dmd.start_from(home, "ema.pt" if stage == "tsm" else "best.pt", k)
-    found = start.load().size
-    if flags.student_size and found != flags.student_size:
-        raise common.UserError(f"{home}: students of size {found}, not {flags.student_size}; give --student-size {found}, or another --init")
-    if not flags.student_size and flags.teacher in ("train", "exact") and found != size:
-        raise common.UserError(f"{home}: students of size {found}; give --student-size {found}")
-    return start, home
+        raise common.UserError(f"--init {init}: no such file, and none of teacher, random, tsm, dm, adm, post (with -TAG)")
+    if start.size != size and (teacher or flags.teacher in ("train", "exact")):                 # the size of a teacher's file is not known yet
+        raise common.UserError(f"--init {init}: students of size {start.size}, not {size}; give --student-size {start.size}, or another --init")
+    return start
 
 
-def checkpoint(path: str) -> dmd.Start:
-    """--init PATH: a teacher's or TSM network's checkpoint, or that of a single student. UserError if it is none."""
+@functools.lru_cache
+def checkpoint(path: str, facts: data.Facts) -> dmd.Start:
+    """--init PATH: a teacher's or TSM network's checkpoint, or that of a single student. UserError if it is none, or of other data."""
     try:
         D = edm.load_teacher(path)
+        size, found = D.size, D.facts
     except common.UserError:
         saved, D = dmd.read_students(Path(path))
+        size, found = saved["size"], saved["facts"]
         if len(saved["partition"]) != 1:
             raise common.UserError(f"--init {path}: a stack of {len(saved['partition'])} students; to go on with each of them: --init dm") from None
-        D.size = saved["size"]
-    return dmd.Start(common.fingerprint(D), lambda: D)
+    if (found.shape, found.classes) != (facts.shape, facts.classes):
+        raise common.UserError(f"--init {path}: made for {found.name}, {'x'.join(map(str, found.shape))}, {found.classes} classes; this run has "
+                               f"{facts.name}, {'x'.join(map(str, facts.shape))}, {facts.classes} classes")
+    return dmd.Start(common.fingerprint(D), size, lambda: D)
 
 
 def run_stages(flags: Flags, members: list, pair_index: list, inputs: dmd.Inputs, source, device, ranks) -> None:
     """Every stage in its order, each from the best checkpoints of the one before [MSD Eq. 4]."""
     facts, seeds = data.facts(flags.dataset, flags.resolution), edm.seeds(flags)
     real = adm.real_data(flags, inputs, source)
-    begin = [first_start(flags, facts, m, inputs.teachers[seeds.index(m.seed)]) for m in members]
-    starts, homes = [s for s, _ in begin], [h for _, h in begin]
+    starts = [first_start(flags, facts, m, inputs.teachers[seeds.index(m.seed)]) for m in members]
     if "adm" in flags.stages and not (facts.stacked and flags.real == "data"):
         label = real().label                                        # are there data of every student's classes?
         for m in members:
@@ -543,17 +560,17 @@ def run_stages(flags: Flags, members: list, pair_index: list, inputs: dmd.Inputs
     for stage in flags.stages.split(","):
         if stage == "tsm":
             denoisers = [facts.exact] * len(seeds) if flags.teacher == "exact" else inputs.teachers
-            starts = tsm.distil(flags, members, size_of(flags, facts, inputs), denoisers, real, device, ranks)
+            with common.alone(Path(flags.out), ranks) if flags.tsm_common else contextlib.nullcontext():    # jobs of an array share it
+                starts = tsm.distil(flags, members, size_of(flags, inputs), denoisers, real, device, ranks)
             continue
         if stage == "dm":
             dmd.distil(flags, members, pair_index, starts, inputs, device, ranks)
         elif stage == "adm":
-            adm.distil(flags, members, pair_index, starts, homes, inputs, real, device, ranks)
+            adm.distil(flags, members, pair_index, starts, inputs, real, device, ranks)
         else:
             imitated = [dmd.start_from(dmd.stage_folder(flags, m.seed, m.students, flags.post_of, ""), "best.pt", m.student) for m in members]
             tsm.distil_post(flags, members, starts, imitated, inputs, device, ranks)
-        homes = [dmd.stage_folder(flags, m.seed, m.students, stage) for m in members]
-        starts = [dmd.start_from(h, "best.pt", m.student) for h, m in zip(homes, members)]
+        starts = [dmd.start_from(dmd.stage_folder(flags, m.seed, m.students, stage), "best.pt", m.student) for m in members]
 
 
 # ------------------------------------------------------------------------------------------------------------ the command
@@ -565,7 +582,7 @@ def main(argv=None):
     Returns 1 if --target-l1 is missed, else 0."""
     flags = common.parse(Flags, PRESETS, argv, __doc__)
     dmd.check_flags(flags)
-    adm.check_flags(flags)
+    tsm.check_flags(flags)
     facts = data.facts(flags.dataset, flags.resolution)
     check_stages(flags, facts)
     flags.students = sorted(set(flags.students))
@@ -603,7 +620,7 @@ def main(argv=None):
     code = 0
     if flags.stages == "tsm":
         if ranks.rank == 0:
-            print("\n".join(sorted({str(tsm.home(flags, m, size_of(flags, facts, inputs))) for m in members})))
+            print("\n".join(sorted({str(tsm.home(flags, m, size_of(flags, inputs))) for m in members})))
     elif flags.student >= 0 and ranks.rank == 0:
         print(f"student {flags.student} is trained; when all are, the same command without --student evaluates them")
     elif ranks.rank == 0:
@@ -614,12 +631,14 @@ def main(argv=None):
 
 def weights_of_exact(flags: Flags, source, device, ranks) -> list[edm.Precond]:
     """`--teacher exact` has no weights to start from: --init PATH, or TSM networks of full size, trained now or reused."""
-    if not Path(flags.init).is_file():
+    facts = data.facts(flags.dataset, flags.resolution)
+    given = checkpoint(flags.init, facts) if Path(flags.init).is_file() else None
+    if given is None or given.size != (flags.teacher_size or facts.sizes[0]):
         if ranks.rank == 0:
             print("teacher exact: no weights to start from; TSM of the teacher's size makes them")
         return tsm.teachers_by_tsm(flags, source, device, ranks)
-    facts, D = data.facts(flags.dataset, flags.resolution), checkpoint(flags.init).load()
-    D.facts = facts
+    D = given.load()
+    D.facts, D.size = facts, given.size
     return [edm.ready_teacher(D, flags, device) for _ in edm.seeds(flags)]
 
 
@@ -640,7 +659,9 @@ def print_plan(flags: Flags, parts: dict, where: str) -> None:
 def check_ranks(flags: Flags, facts: data.Facts, ranks: common.Ranks) -> None:
     """Do batches and ranks divide? Asked before anything is made. UserError if not."""
     if flags.teacher in ("train", "exact"):
-        ranks.parts(flags.teacher_batch, flags.micro_batch)
+        ranks.parts(flags.teacher_batch if flags.teacher == "train" else flags.tsm_batch, flags.micro_batch)
+    if "tsm" in flags.stages and flags.tsm_common:                  # all ranks train it together
+        ranks.parts(flags.tsm_batch, flags.micro_batch)
     for K in flags.students:
         alone = facts.stacked or flags.student >= 0
         each = ranks.size if alone else ranks.size // K if ranks.size >= K and ranks.size % K == 0 else 1
@@ -648,6 +669,8 @@ def check_ranks(flags: Flags, facts: data.Facts, ranks: common.Ranks) -> None:
             raise common.UserError(f"{ranks.size} ranks cannot be shared evenly by {K} students; start {K * (ranks.size // K)} or "
                                    f"{K * (ranks.size // K + 1)}, or one job per student with --student")
         for name, batch in batches(flags):
+            if name == "--tsm-batch" and flags.tsm_common:
+                continue
             share, rest = divmod(batch, each)
             if rest or (flags.micro_batch and share % min(share, flags.micro_batch)):
                 raise common.UserError(f"{name} {batch} with {each} ranks a student and --micro-batch {flags.micro_batch}: does not "
@@ -669,34 +692,43 @@ def read_against(flags: Flags) -> dict:
 
 def report(flags: Flags, results: dict, theirs: dict | None) -> int:
     """Write results.json, print the table and the verdicts, draw the figures; 1 if --target-l1 is missed, else 0."""
-    path = Path(flags.out) / f"results{common.suffix(flags.tag)}.json"
-    if path.exists():                                               # keep the other K of the same seeds and flags
+    path, mine = Path(flags.out) / f"results{common.suffix(flags.tag)}.json", results
+    if path.exists():                                               # keep the other K and stages of the same seeds and flags
         old = common.load_json(path, "students")
-        if all(old.get(k) == results[k] for k in ("seeds", "config", "samples")):
-            results["students"] = {**old["students"], **results["students"]}
-            results["stages"] = {s: {**old.get("stages", {}).get(s, {}), **rows} for s, rows in results["stages"].items()}
+        configs = old.get("configs", {})
+        both = configs.keys() & results["configs"].keys()
+        if both and all(configs[s] == results["configs"][s] for s in both) and all(old.get(k) == results[k] for k in ("seeds", "samples")):
+            stages = [s for s in ONE_STEP if s in old["stages"] or s in results["stages"]]
+            results = {**results, "configs": {**configs, **results["configs"]},
+                       "stages": {s: {**old["stages"].get(s, {}), **results["stages"].get(s, {})} for s in stages}}
+            results["students"] = results["stages"][stages[-1]]
         else:
             kept = path.with_suffix(".previous.json")
             path.replace(kept)
             print(f"\n{path} was of other seeds or flags: moved to {kept}")
     common.save_json(path, results)
     print("\n" + table(results))
+    results = mine
     rows, m = results["students"], results["metric"]
     stages = flags.stages.split(",")
-    metrics = [m] if m == "l1" and stages[-1] == "dm" and not theirs else [f"{m}_data", m]      # where real data enter, they are the reference
+    metrics = [m] if m == "l1" and stages[-1] == "dm" else [f"{m}_data", m]                     # where real data enter, they are the reference
     for name in metrics:
         what = (" to the teacher" if len(metrics) > 1 else "") if name == m else " to the data"
         if len(flags.students) > 1:
             low, high = str(flags.students[0]), str(flags.students[-1])
             print("\n" + comparison(f"K = {high} below K = {low}{',' * bool(what)}{what}?", rows[high], rows[low], name))
         if theirs:
-            for K in (K for K in map(str, flags.students) if K in theirs["students"]):
-                print(comparison(f"K = {K}{what}, {flags.tag or 'this'} below {flags.against}?", rows[K], theirs["students"][K], name))
+            for stage in (s for s in stages if s in ONE_STEP):      # stage by stage where both have it, else last by last
+                of_k = theirs.get("stages", {}).get(stage) or (theirs["students"] if stage == stages[-1] else {})
+                for K in (K for K in map(str, flags.students) if K in of_k):
+                    who = f", {stage}" if len(stages) > 1 else ""
+                    print(comparison(f"K = {K}{what}{who}, {flags.tag or 'this'} below {flags.against}?", results["stages"][stage][K], of_k[K], name))
     for K in map(str, flags.students) if stages[-1] != "dm" else ():
         print()
         of = {s: results["stages"][s][K] for s in stages if s in ONE_STEP}
         if "dm" in of:
-            print(comparison(f"K = {K} to the data, adm below dm (fewer updates)?", of["adm"], of["dm"], f"{m}_data"))
+            print(f"K = {K} to the data: {of['dm'][m + '_data']:.4f} after dm, {of['adm'][m + '_data']:.4f} after adm, which trains longer (a control of equal "
+                  f"length: --stages adm --init dm{common.suffix(flags.tag)} --gan-weight 0 --tag NAME)")
         print(comparison(f"K = {K} to the data, below the teacher?", rows[K], results["teacher"], f"{m}_data"))
         chosen, last = rows[K], {"per_seed": [{m: p[f"{m}_data_last"]} for p in rows[K]["per_seed"]]}
         print(comparison(f"K = {K} to the data, chosen checkpoints below the last ones?", {"per_seed": [{m: p[f"{m}_data"]} for p in chosen["per_seed"]]}, last, m))

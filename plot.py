@@ -306,13 +306,13 @@ def figure8(sets: dict) -> plt.Figure:
             m = f"{r['metric']}_data"
             rows = {int(K): v for K, v in r["stages"].get(stage, {}).items()}
             ks = sorted(rows, reverse=True)
-            covered = [len(rows[K]["per_class"]) / K for K in ks]
+            covered = [r["classes_of_data"] / K for K in ks]
             error = [np.std([p[m] for p in rows[K]["per_seed"]], ddof=1) if len(rows[K]["per_seed"]) > 1 else 0 for K in ks]
             ax.errorbar(covered, [rows[K][m] for K in ks], error, marker="o", ms=4, capsize=3, color=plt.cm.viridis(i / len(sets)),
                         label=f"{size}: {r['parameters']:,} parameters")
             ax.axhline(r["teacher"][m], ls="--", color="#d94801", lw=1, label="teacher" if i + 1 == len(sets) else None)
         ax.set(title=f"after {stage.upper()}", xlabel="classes that a student covers", xscale="log", ylabel="distance to the data" if ax is axes[0][0] else "")
-        ticks = sorted({len(v["per_class"]) / int(K) for r in sets.values() for K, v in r["stages"].get(stage, {}).items()})
+        ticks = sorted({r["classes_of_data"] / int(K) for r in sets.values() for K in r["stages"].get(stage, {})})
         ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
         ax.minorticks_off()
         ax.set_ylim(0)
@@ -381,7 +381,7 @@ def draw(out, tag: str = "") -> list[Path]:
     sizes = {}
     for other in sorted(out.glob("results*.json")):                 # runs of several sizes, of several K each
         r = common.load_json(other)
-        if isinstance(r.get("size"), str) and len(r.get("students", {})) > 1 and other.stem in ("results", f"results-{r['size']}"):
+        if "classes_of_data" in r and len(r["students"]) > 1 and other.stem in ("results", f"results-{r['size']}"):
             sizes[r["size"]] = r
     if len(sizes) > 1:
         fig = figure8(dict(sorted(sizes.items(), key=lambda item: item[1]["parameters"])))

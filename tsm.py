@@ -19,10 +19,10 @@ Departures from the paper
     G is small. The paper does not say which.
  2. An average of the weights is kept, learning rates decay (toy and small images); the paper says neither.
  3. Post-distillation: the paper gives one sentence. Here: fresh latents z, loss l(G(z), G_best(z)) with the distance of the
-    paired regression [MSD Eq. 9], as many updates as the three stages together, the same selection of checkpoints.
+    paired regression [MSD Eq. 9], as many updates as the three stages together, checkpoints chosen by the data, as in ADM.
 
 Run      python tsm.py --dataset toy --student-size XS
-Many GPUs    torchrun --nproc-per-node 8 tsm.py --dataset imagenet64 --student-size S
+Many GPUs    torchrun --nproc-per-node 8 tsm.py --dataset imagenet64 --student-size XS
 """
 import copy
 import dataclasses
@@ -67,6 +67,8 @@ PRESETS = {
     ("imagenet64", "default", "XS"): dict(tsm_batch=3584, batch=224),
     ("imagenet64", "default", "XXS"): dict(tsm_batch=4864, batch=256),
 }
+# what post-distillation takes from DM's flags
+POST_SHARED = ("weight_decay", "batch", "beta1", "beta2", "decay", "warmup", "clip_norm", "ema", "distance", "select_samples", "eval_every")
 PRESETS |= {("imagenet64", "paper", *key[2:]): value for key, value in list(PRESETS.items()) if key[:2] == ("imagenet64", "default")}
 
 
@@ -164,7 +166,7 @@ def train_post(run: common.Stage, flags: Flags, members, best_G, net, judge, ref
 # ------------------------------------------------------------------------------------------------------ the whole stage
 
 def post_steps(flags) -> int:
-    """--post-steps, or the updates of the three stages together: what the small student's other way costs."""
+    """--post-steps, or the updates of the three stages together: what the small student's other way costs. flags: adm.Flags."""
     return flags.post_steps or flags.tsm_steps + flags.steps + flags.adm_steps
 
 
@@ -176,13 +178,14 @@ def size_of(flags: Flags, facts: data.Facts):
 def home(flags: Flags, member: common.Member, size: str) -> Path:
     """Where a student's TSM network lies: seed0/tsm/XS-4000 for all, or in the student's own stage folder."""
     if flags.tsm_common:
-        return Path(flags.out) / f"seed{member.seed}" / "tsm" / f"{size}-{flags.tsm_steps}"
+        name = size if isinstance(size, str) else "teacher"
+        return Path(flags.out) / f"seed{member.seed}" / "tsm" / f"{name}-{flags.tsm_steps}{'-generated' * (flags.real == 'generated')}"
     return dmd.stage_folder(flags, member.seed, member.students, "tsm")
 
 
 def config(flags: Flags, seed: int, size: str) -> dict:
     """The flags that determine a TSM network, but for its classes."""
-    real = {"real": flags.real, **(common.stage_config(flags, "pairs") if flags.real == "generated" else {})}
+    real = {"real": flags.real, **({"sampler_steps": flags.sampler_steps, **common.stage_config(flags, "pairs")} if flags.real == "generated" else {})}
     law = {k: getattr(flags, k) for k in ("noise_law", "P_mean", "P_std", "weight_decay")}
     return {**edm.lineage(flags, seed), "size": size, **real, **law, **common.stage_config(flags, "tsm")}
 
@@ -216,36 +219,33 @@ def distil(flags: Flags, members: list, size: str, teachers: list, source, devic
 def teachers_by_tsm(flags: Flags, source, device, ranks) -> list[edm.Precond]:
     """For `--teacher exact`: networks of the teacher's size that match the closed form's scores, one per seed."""
     facts = data.facts(flags.dataset, flags.resolution)
-    if facts.exact is None:
-        raise common.UserError(f"--teacher exact: {flags.dataset} has no closed form; train one or give a checkpoint's path")
     size, flags = flags.teacher_size or facts.sizes[0], dataclasses.replace(flags, tsm_common=True, real="data")
     members = [common.Member(s, 1, 0, tuple(range(facts.classes))) for s in edm.seeds(flags)]
     starts = distil(flags, members, size, [facts.exact] * len(members), source, device, ranks)
     out = [s.load() for s in starts]
     for D in out:
-        D.facts = facts
+        D.facts, D.size = facts, size
     return [edm.ready_teacher(D, flags, device) for D in out]
 
 
 def distil_post(flags: Flags, members: list, starts: list[dmd.Start], imitated: list[dmd.Start], inputs: dmd.Inputs, device, ranks) -> None:
     """Post-distillation for all members: best.pt and ema.pt in studentsK[-TAG]/post. imitated: per member, the student it copies."""
-    seeds = edm.seeds(flags)
-
     def train_stack(run, index: list[int]) -> dict:
-        stack, row = [members[i] for i in index], [seeds.index(members[i].seed) for i in index]
-        net, _, _ = dmd.networks(flags, [starts[i] for i in index], row, inputs, device)
-        best_G, _, _ = dmd.networks(flags, [imitated[i] for i in index], row, inputs, device)
-        references = {s: r["select"] for s, r in inputs.references.items()}
-        ema, best = train_post(run, flags, stack, best_G.requires_grad_(False), net, inputs.judge, references, device)
+        stack = [members[i] for i in index]
+        best_G = dmd.generators(flags, [imitated[i] for i in index], device).requires_grad_(False)
+        references = {s: r["real_select"] for s, r in inputs.references.items()}
+        ema, best = train_post(run, flags, stack, best_G, dmd.generators(flags, [starts[i] for i in index], device), inputs.judge, references, device)
         return {"best.pt": best, "ema.pt": ema}
     homes = [dmd.stage_folder(flags, m.seed, m.students, "post") for m in members]
-    configs = [{**dmd.config(flags, m.seed, s), **common.stage_config(flags, "post"), "post_steps": post_steps(flags), "imitated": i.name}
-               for m, s, i in zip(members, starts, imitated)]
+    configs = [{**dmd.ancestry(flags, m.seed), "start": s.name, "imitated": i.name, **common.stage_config(flags, "size"), **common.stage_config(flags, "post"),
+                "post_steps": post_steps(flags), **{n: getattr(flags, n) for n in POST_SHARED}} for m, s, i in zip(members, starts, imitated)]
     dmd.train_all(flags, "post", members, homes, configs, post_steps(flags), train_stack, starts, ranks)
 
 
 def check_flags(flags: Flags) -> None:
     """Raise UserError for values that are fine alone but not together."""
+    if flags.student_size not in ("", *data.DATASETS[flags.dataset].sizes):
+        raise common.UserError(f"--student-size {flags.student_size}: {flags.dataset} has {', '.join(data.DATASETS[flags.dataset].sizes)}")
     if flags.tsm_ema >= 1:
         raise common.UserError(f"--tsm-ema {flags.tsm_ema}: must be below 1")
 

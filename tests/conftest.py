@@ -28,6 +28,21 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="needs --run-slow"))
 
 
+SMALL = ["--preset", "smoke", "--quiet", "--student-size", "XXS", "--stages", "tsm,dm,adm", "--students", "3", "--save-every", "4", "--adm-steps", "8",
+         "--tsm-steps", "12", "--post-steps", "8"]
+
+
+def refused(capsys, main, argv) -> str:
+    """The one line that a misuse prints; checks exit code 2 and the absence of a stack trace."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    err = capsys.readouterr().err.strip()
+    assert err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
+    return err.splitlines()[-1]
+
+
 @pytest.fixture
 def double():
     """Float64 as the default: equivalences are compared to 1e-12."""
@@ -49,6 +64,16 @@ def run(tmp_path_factory):
     import msd
     out = tmp_path_factory.mktemp("shared") / "run"
     assert msd.main(["--preset", "smoke", "--students", "1", "3", "--seeds", "2", "--out", str(out), "--quiet"]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """Three students of the teacher's size after DM and ADM, and three XXS ones after all three stages: the run folder."""
+    import msd
+    out = tmp_path_factory.mktemp("small") / "run"
+    assert msd.main(["--preset", "smoke", "--quiet", "--students", "3", "--stages", "dm,adm", "--save-every", "4", "--adm-steps", "8", "--out", str(out)]) == 0
+    assert msd.main([*SMALL, "--out", str(out)]) == 0
     return out
 
 

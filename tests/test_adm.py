@@ -8,7 +8,6 @@ from torch.nn import functional as F
 import adm
 import common
 import data
-import dmd
 import edm
 import msd
 import toy_mog
@@ -165,12 +164,11 @@ def test_gradients_flow_only_where_they_may(tmp_path, monkeypatch):
     def spy(net, *args):                                            # called after each backward, before the step
         critic = isinstance(net, adm.Critic)
         grads = {n: p.grad is not None and bool(p.grad.abs().sum() > 0) for n, p in net.named_parameters()}
-        seen.append((critic, grads, [p.requires_grad for p in net.parameters()]))
+        seen.append((critic, grads))
         others = nets["critic" if not critic else "G"] if len(nets) == 2 else []
         if not critic:
             nets["G"] = list(net.parameters())
             assert all(not p.requires_grad for p in others)         # looked at, not trained
-            held["critic"] = [p.grad.clone() if p.grad is not None else None for p in others]
         else:
             nets["critic"] = list(net.parameters())
             if "G" in held:
@@ -181,9 +179,9 @@ def test_gradients_flow_only_where_they_may(tmp_path, monkeypatch):
     nets, held = {}, {}
     monkeypatch.setattr(common, "clip_gradients", spy)
     small_train(tmp_path, [common.Member(0, 1, 0, tuple(range(8)))], small_flags(adm_ttur=1, adm_fake_warmup=0), teacher)
-    turns = [critic for critic, _, _ in seen]
+    turns = [critic for critic, _ in seen]
     assert turns == [False, True] * 5
-    for critic, grads, _ in seen:
+    for critic, grads in seen:
         if critic:
             assert all(v for n, v in grads.items() if n.startswith("head")) and any(v for n, v in grads.items() if n.startswith("mu_fake"))
         else:
@@ -296,12 +294,30 @@ def test_one_student_is_adm_bit_for_bit(run, tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in b)
 
 
-def test_resumed_fake_denoiser_is_that_of_the_dm_stage(run):
-    """--adm-fake resume: each student's own rows of stage 1's mu_fake."""
-    home = run / "seed1/students3/dm"
-    saved = common.load_tensors(home / "state.pt")["parts"]["mu_fake"]
-    for k in range(3):
-        assert all(torch.equal(v, saved[n][k:k + 1]) for n, v in adm.resumed_fake(home, k).items())
+def test_resumed_fake_denoiser_is_that_of_the_dm_stage(run, tmp_path, monkeypatch):
+    """--adm-fake resume: ADM's mu_fake starts as stage 1 left it; restart: from the teacher's weights."""
+    out, seen = tmp_path / "copy", []
+    shutil.copytree(run, out)
+    original = adm.train
+    monkeypatch.setattr(adm, "train", lambda *a: seen.append({k: v.clone() for k, v in a[5].state_dict().items()}) or original(*a))
+    for tag, how in (("a", "resume"), ("b", "restart")):
+        assert msd.main([*SMOKE, "--students", "3", "--stages", "adm", "--init", "dm", "--adm-fake", how, "--tag", tag, "--out", str(out)]) == 0
+    left = common.load_tensors(run / "seed0/students3/dm/state.pt")["parts"]["mu_fake"]
+    teacher = common.load_tensors(run / "seed0/teacher/ema.pt")["net"]
+    assert all(torch.equal(seen[0][k], left[k]) for k in left)
+    assert all(torch.equal(seen[1][k][i], teacher[k][0]) for k in teacher for i in range(3))
+
+
+def test_chosen_by_the_data_on_another_draw_than_the_reported(run, tmp_path, monkeypatch):
+    """ADM's checkpoints are judged against real data that are not those of results.json, on latents that are not reported."""
+    truth, seen = data.TOY_JUDGE.truth(0, 800), []
+    assert not torch.equal(truth["real"], truth["real_select"])
+    out = tmp_path / "copy"
+    shutil.copytree(run, out)
+    original = adm.train
+    monkeypatch.setattr(adm, "train", lambda *a: seen.append(a[8][0]) or original(*a))
+    assert msd.main([*SMOKE, "--students", "3", "--stages", "adm", "--out", str(out)]) == 0
+    assert torch.equal(seen[0], truth["real_select"])
 
 
 def test_images(image_run, tiny, tmp_path, capsys):

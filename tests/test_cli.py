@@ -10,31 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 
+import adm
 import benchmark
 import common
-import data
 import dmd
 import edm
 import fid
 import msd
 import plot
 import sample
+import tsm
+from conftest import refused
 from test_ranks import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = ["--preset", "smoke", "--quiet"]
 ORDER = ["common", "toy_mog", "unet", "plot", "fid", "data", "snapshot", "edm", "dmd", "tsm", "adm", "consistency", "msd", "o2mkd",
          "sample", "reproduce"]
-
-
-def refused(capsys, main, argv) -> str:
-    """The one line that a misuse prints; checks exit code 2 and the absence of a stack trace."""
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    assert stop.value.code == 2
-    err = capsys.readouterr().err.strip()
-    assert err.startswith("error: ") and "Traceback" not in err
-    return err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -262,18 +254,23 @@ def readme_commands():
 
 @pytest.mark.parametrize("line", [pytest.param(line, marks=pytest.mark.slow) if line.startswith("torchrun") and "imagenet64" not in line else line
                                   for line in readme_commands()])
-def test_commands_that_readme_prints(line, run, image_run, tiny, tmp_path, monkeypatch):
-    """Each in process, at smoke size, in a folder that already holds smoke runs at runs/toy and runs/fashion-mnist.
+def test_commands_that_readme_prints(line, run, image_run, small, tiny, tmp_path, monkeypatch):
+    """Each in process, at smoke size, in a folder that already holds smoke runs at runs/toy, runs/fashion-mnist and runs/small.
 
     Lines of imagenet64 and cifar10 need data that are not here: as --dry-run. torchrun lines: two ranks."""
-    shutil.copytree(run, tmp_path / "runs" / "toy")
-    shutil.copytree(image_run, tmp_path / "runs" / "fashion-mnist")
+    if "--dry-run" not in line:
+        shutil.copytree(image_run if "fashion-mnist" in line else run, tmp_path / "runs" / ("fashion-mnist" if "fashion-mnist" in line else "toy"))
+    if "--stages" in line or "--compare" in line or "--student-size" in line:
+        shutil.copytree(small, tmp_path / "runs" / "small")
     monkeypatch.chdir(tmp_path)
     words = shlex.split(line.split("&&")[-1])
     at = next(i for i, w in enumerate(words) if w.endswith(".py"))
     script, argv, ranks = Path(words[at]).stem, words[at + 1:], words[0] == "torchrun"
+    if script == "plot" and "--compare" in argv:
+        argv = ["runs/small", "--compare", "none", "XXS"]
     if script == "plot":
-        return plot.main([w.replace("students5", "students3") for w in argv])
+        plot.main(argv)
+        return
     if script == "sample":
         sample.main([*[w if w not in ("8", "5") else "3" for w in argv], "--timing", "64" if "runs/toy" in argv else "0", "--steps", "8"])
         return
@@ -283,7 +280,7 @@ def test_commands_that_readme_prints(line, run, image_run, tiny, tmp_path, monke
     if script == "benchmark":
         argv = [w for w in argv if not w.startswith("--unet") and "edm" not in w]               # that one needs a checkout
         return benchmark.main([*argv, "--quick"])
-    module = {"msd": msd, "dmd": dmd, "edm": edm}[script]
+    module = {"msd": msd, "dmd": dmd, "edm": edm, "tsm": tsm, "adm": adm}[script]
     dry = [*argv, *([] if "--dry-run" in argv else ["--dry-run"])]
     assert not module.main(dry)                                     # the line as printed is a legal one
     if "imagenet64" in argv or "cifar10" in argv:
@@ -291,6 +288,18 @@ def test_commands_that_readme_prints(line, run, image_run, tiny, tmp_path, monke
     if "--dry-run" in argv and "fashion-mnist" in argv:
         return
     argv = [w for w in argv if not w.startswith("--dry-run")]
+    if "fashion-mnist" not in argv and ("--stages" in argv or "--student-size" in argv or script == "adm"):    # goes on from what is there
+        assert "--students" not in argv or "8" in argv
+        for heavy in ("--seeds", "--steps", "--out"):
+            if heavy in argv:
+                del argv[argv.index(heavy):argv.index(heavy) + 2]
+        if script == "adm":
+            module.main([*SMOKE, "--out", "runs/toy"])
+            return
+        values = ["XXS" if w in ("XS", "S", "B") else {"continued": "resume", "4": "3", "8": "3", "1": "3", "2": "3"}.get(w, w) for w in argv]
+        sizes = [] if script == "tsm" else ["--adm-steps", "8", "--post-steps", "8"]
+        assert not module.main([*values, *SMOKE, *sizes, "--tsm-steps", "12", "--out", "runs/small"])
+        return
     if "--preset" in argv:
         argv[argv.index("--preset") + 1] = "smoke"
     for heavy in ("--steps", "--reg-warmup", "--pairs", "--target-l1", "--against", "--resolution", "--batch", "--teacher-steps", "--micro-batch"):

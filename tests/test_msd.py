@@ -93,8 +93,9 @@ def weights(out, name="ema.pt", K=3):
     return common.load_tensors(out / "seed0" / f"students{K}" / "dm" / name)["net"]
 
 
+@pytest.mark.slow
 def test_interrupted_runs_resume_bit_for_bit(tmp_path):
-    """n steps = m steps + kill -9 + the rest, in the students' training (test_images.py: in many other moments)."""
+    """n steps = m steps + kill -9 + the rest, in the students' training (test_tsm.py: in every stage; test_images.py: in many moments)."""
     argv = [*SMOKE, "--students", "3", "--steps", "60", "--teacher-steps", "300", "--save-every", "10"]
     assert msd.main([*argv, "--out", str(tmp_path / "whole")]) == 0
     out = tmp_path / "killed"

@@ -13,12 +13,10 @@ import msd
 import sample
 import toy_mog
 import tsm
-from test_cli import refused
+from conftest import SMALL, refused
 from test_dmd import precond
 
 SMOKE = ["--preset", "smoke", "--quiet"]
-SMALL = [*SMOKE, "--student-size", "XXS", "--stages", "tsm,dm,adm", "--students", "3", "--save-every", "4", "--adm-steps", "8", "--tsm-steps", "12",
-         "--post-steps", "8"]
 
 
 def trained(out) -> dict:
@@ -104,15 +102,6 @@ def test_a_short_training_approaches_the_teacher(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------ whole runs
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """Three XXS students of three stages, after three of the teacher's size, and post-distilled ones: the run folder."""
-    out = tmp_path_factory.mktemp("small") / "run"
-    assert msd.main([*SMOKE, "--students", "3", "--stages", "dm,adm", "--save-every", "4", "--adm-steps", "8", "--out", str(out)]) == 0
-    assert msd.main([*SMALL, "--out", str(out)]) == 0
-    return out
-
-
 def test_three_stages_of_small_students(small, tmp_path):
     results = common.load_json(small / "results-XXS.json")
     assert results["size"] == "XXS" and results["parameters"] == 1100 and list(results["stages"]) == ["dm", "adm"]
@@ -146,7 +135,7 @@ def test_post_distillation_imitates_the_best_students(small, tmp_path, monkeypat
     assert msd.main([*SMOKE, "--students", "3", "--student-size", "XXS", "--stages", "post", "--post-steps", "8", "--out", str(out)]) == 0
     best = common.load_tensors(out / "seed0/students3/adm/best.pt")["net"]
     assert all(torch.equal(seen[0][k], best[k]) for k in best)
-    assert common.load_json(out / "seed0/students3-XXS/post/config.json")["start"] == "random"
+    assert common.load_json(out / "seed0/students3-XXS-post/post/config.json")["start"] == "random"
 
 
 def test_post_steps_are_those_of_the_three_stages():
@@ -160,7 +149,7 @@ class Killed(BaseException):
     """Stands for kill -9: nothing catches it."""
 
 
-@pytest.mark.parametrize("place, count", [("tsm/XXS-12", 1), ("tsm/XXS-12", 3), ("students3-XXS/dm", 2), ("students3-XXS/adm", 1), ("students3-XXS/post", 1)])
+@pytest.mark.parametrize("place, count", [pytest.param("tsm/XXS-12", 1, marks=pytest.mark.slow), ("tsm/XXS-12", 3), pytest.param("students3-XXS/dm", 2, marks=pytest.mark.slow), ("students3-XXS/adm", 1), ("students3-XXS-post/post", 1)])
 def test_killed_in_any_stage_and_run_again_is_the_same_bit_for_bit(small, tmp_path, monkeypatch, place, count):
     """Dead right after the count-th checkpoint of a stage (TSM's third is its last: between stages), then the same command again."""
     out = tmp_path / "run"
@@ -283,6 +272,65 @@ def test_students_of_another_size_are_no_start(small, capsys, tmp_path):
     assert "size XXS" in line and "--student-size XXS" in line
     line = refused(capsys, msd.main, [*SMOKE, "--students", "3", "--student-size", "XS", "--stages", "adm", "--init", "dm", "--tag", "x", "--out", str(out)])
     assert "--student-size B" in line
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--stages", "tsm,adm", "--student-size", "XXS", "--adm-fake", "resume"], "--adm-fake resume"),
+    (["--stages", "adm", "--init", "teacher", "--adm-fake", "resume"], "--adm-fake resume"),
+    (["--stages", "dm,adm", "--gan-weight", "0", "--dm-weight", "0"], "nothing is left"),
+    (["--dataset", "fashion-mnist", "--teacher", "exact"], "closed form")])
+def test_late_mistakes_are_refused_early(capsys, tmp_path, argv, words):
+    assert words in refused(capsys, msd.main, [*SMOKE, *argv, "--out", str(tmp_path / "x")])
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_start_from_another_dataset_or_size(capsys, image_run, small, tmp_path):
+    path = str(image_run / "seed0/teacher/ema.pt")
+    assert "made for fashion-mnist" in refused(capsys, msd.main, [*SMOKE, "--init", path, "--out", str(tmp_path)])
+    path = str(small / "seed0/tsm/XXS-12/ema.pt")
+    assert "--student-size XXS" in refused(capsys, msd.main, [*SMOKE, "--init", path, "--out", str(tmp_path)])
+    assert "a stack of 3 students" in refused(capsys, msd.main, [*SMOKE, "--init", str(small / "seed0/students3/dm/best.pt"), "--out", str(tmp_path)])
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_adm_alone_is_for_the_teachers_size(capsys, small):
+    assert "msd.py" in refused(capsys, adm.main, [*SMOKE, "--student-size", "XXS", "--out", str(small)])
+
+
+def test_stages_of_one_run_stand_in_one_table(small, tmp_path):
+    """DM of K = 2 joins the results of K = 3's two stages; ADM of another length does not."""
+    out = tmp_path / "copy"
+    shutil.copytree(small, out)
+    assert msd.main([*SMOKE, "--students", "2", "--out", str(out)]) == 0
+    results = common.load_json(out / "results.json")
+    assert set(results["stages"]["dm"]) == {"2", "3"} and set(results["stages"]["adm"]) == set(results["students"]) == {"3"}
+    assert msd.main([*SMOKE, "--students", "2", "--stages", "dm,adm", "--adm-steps", "7", "--out", str(out)]) == 0
+    assert set(common.load_json(out / "results.previous.json")["stages"]["dm"]) == {"2", "3"}
+
+
+def test_changed_weights_of_an_exact_teacher_are_noticed(capsys, tmp_path):
+    argv = [*SMOKE, "--students", "2", "--teacher", "exact", "--out", str(tmp_path)]
+    assert msd.main(argv) == 0
+    assert "weights of exact" in refused(capsys, msd.main, [*argv, "--tsm-steps", "21"])
+
+
+def test_images_of_three_stages(image_run, tiny, tmp_path):
+    """A smaller image student after TSM (a network of its own), DM and ADM."""
+    out = tmp_path / "run"
+    shutil.copytree(image_run / "data", out / "data")
+    argv = ["--dataset", "fashion-mnist", "--preset", "smoke", "--data", str(tiny), "--out", str(out), "--quiet", "--threads", "1", "--students", "1",
+            "--teacher", str(teacher_of(tmp_path)), "--student-size", "XXS"]
+    assert msd.main([*argv, "--stages", "tsm,dm,adm", "--no-tsm-common"]) == 0
+    folder = out / "seed0/students1-XXS"
+    assert [common.load_tensors(folder / s / "student0" / "ema.pt")["size"] for s in ("tsm", "dm", "adm")] == ["XXS"] * 3
+    assert msd.generate(folder, torch.tensor([1]), [2]).shape == (1, 1, 16, 16)
+
+
+def teacher_of(tmp_path):
+    """A teacher of size XS, untrained, in a file."""
+    D = edm.Precond(data.facts("fashion-mnist").net(1, "XS"))
+    common.save_tensors(tmp_path / "teacher.pt", {"dataset": "fashion-mnist", "resolution": 16, "size": "XS", "net": D.state_dict()})
+    return tmp_path / "teacher.pt"
 
 
 def test_imagenet_presets_of_each_size(capsys):
