@@ -7,22 +7,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+import adm
 import common
 import data
 import dmd
 import edm
 import msd
 import toy_mog
+import tsm
 import unet
 
 
 def double_dm(out: Path, net_name: str, micro: int = 0) -> None:
-    """20 DM updates in float64 with regression and KL term, all ranks on one batch of 8; weights to OUT/weights.pt."""
+    """20 updates in float64, all ranks on one batch of 8; weights to OUT/weights.pt. net_name: toy, image: DM; adm, tsm: those, of images."""
     ranks = common.world(torch.device("cpu"))
     stacked = net_name == "toy"
-    flags = dmd.Flags(dataset="toy" if stacked else "fashion-mnist", steps=20, batch=8, reg_warmup=8, fake_warmup=3, pairs=24, ttur=2, draws=2,
+    flags = adm.Flags(dataset="toy" if stacked else "fashion-mnist", steps=20, batch=8, reg_warmup=8, fake_warmup=3, pairs=24, ttur=2, draws=2,
                       eval_every=10, select_samples=40, save_every=10, quiet=True, clip_norm=1.0, lr=1e-3, reg_lr=1e-3, fake_lr=1e-3,
-                      micro_batch=micro)
+                      micro_batch=micro, adm_steps=20, adm_batch=8, adm_fake_warmup=3, adm_lr=1e-3, adm_fake_lr=1e-3, adm_reg_weight=0.2,
+                      gan_weight=0.1, tsm_steps=20, tsm_batch=8, tsm_lr=1e-3)
     torch.manual_seed(0)
     flags.resolution = 0 if stacked else 8
     facts = data.facts(flags.dataset, flags.resolution)
@@ -42,10 +45,16 @@ def double_dm(out: Path, net_name: str, micro: int = 0) -> None:
     run = common.Stage("dm", {out: slice(0, len(members))}, flags.steps, flags.save_every, True, ranks)
     def teacher(x, sigma, label):
         return x / (1 + edm.like(sigma, x) ** 2)                    # the denoiser of a standard Gaussian
-    ema, best = dmd.train(run, flags, members, teacher, net, pairs, [torch.arange(flags.pairs)] * len(members), judge,
-                          {0: reference}, torch.device("cpu"))
+    cpu, index = torch.device("cpu"), [torch.arange(flags.pairs)] * len(members)
+    real = data.Generated(pairs["y"], pairs["label"], [0])
+    if net_name == "tsm":
+        ema = tsm.train(run, flags, members, teacher, net, real, cpu)
+    elif net_name == "adm":
+        ema, _ = adm.train(run, flags, members, teacher, net, net, real, judge, {0: reference}, cpu, pairs, index)
+    else:
+        ema, _ = dmd.train(run, flags, members, teacher, net, pairs, index, judge, {0: reference}, cpu)
     if run.main:
-        torch.save({"ema": ema.state_dict(), "best": best.state_dict()}, out / "weights.pt")
+        torch.save({"ema": ema.state_dict()}, out / "weights.pt")
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ def launch(size: int, *argv, **env) -> list[tuple[int, str]]:
     return [(code, text) for text, code in out]
 
 
-@pytest.mark.parametrize("net", ["image", pytest.param("toy", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("net", ["toy", *(pytest.param(n, marks=pytest.mark.slow) for n in ("image", "adm", "tsm"))])
 def test_two_ranks_are_one_rank_on_the_joined_batch(tmp_path, net, double):
-    """Float64, 20 updates of regression, KL term and fake denoiser: equal to 1e-10; in micro-batches on one rank too."""
+    """Float64, 20 updates of each stage (ADM: also critic, real data, pairs): equal to 1e-10; in micro-batches on one rank too."""
     for name in ("one", "two", "micro"):
         (tmp_path / name).mkdir()
     rank_worker.double_dm(tmp_path / "one", net, 0)
