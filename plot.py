@@ -1,6 +1,6 @@
 """Every picture, drawn from the files of a run folder alone: `python plot.py runs/toy` draws them again.
 
-With --compare TAG TAG …: variants of one run folder side by side ("none": the one without a tag).
+With --compare TAG TAG …: variants of one run folder side by side ("none": the one without a tag; TAG/dm: an earlier stage).
 
 of the toy
   figure4.png        teacher, fewest students, most students, their difference                      [MSD Fig. 4]
@@ -262,7 +262,7 @@ def stages(results: dict) -> plt.Figure:
         for x, K, v in zip(at, ks, value):
             seeds = of_k.get(str(K), {}).get("per_seed", [])
             ax.plot([x] * len(seeds), [p[m] for p in seeds], "o", ms=3, color="#08306b")
-            ax.annotate(f"{v:.3g}", (x, v / 2), ha="center", fontsize=8, color="#08306b")
+            ax.annotate(f"{v:.3g}", (x, 0.01 * v), ha="center", va="bottom", fontsize=8, color="#08306b")
             top = max([top, *[p[m] for p in seeds]])
     ax.axhline(results["teacher"][m], ls="--", color="#d94801", label=f"teacher, {results['teacher']['evaluations']} evaluations: {results['teacher'][m]:.3g}")
     ax.axhline(results["floor_data"], ls=":", color="k", label=f"two draws of the data: {results['floor_data']:.3g}")
@@ -321,20 +321,26 @@ def figure8(sets: dict) -> plt.Figure:
 
 
 def compare(out: Path, tags: list[str]) -> plt.Figure:
-    """The largest K of several variants side by side, their last stages, the teacher first."""
-    panels, share, top = {}, [], None
-    for tag in tags:
+    """The largest K of several variants TAG or TAG/STAGE side by side, the teacher first. UserError if one is not there."""
+    panels = {}
+    for name in tags:
+        tag, _, stage = name.partition("/")
+        tag = "" if tag == "none" else tag
+        common.check_tag("--compare", tag)
         results = common.load_json(out / f"results{common.suffix(tag)}.json", "seeds", "students", "metric")
         home, m = out / f"seed{results['seeds'][0]}", results["metric"]
-        K = max(map(int, results["students"]))
-        stage = _last(results)
-        s = common.load_tensors(home / f"students{K}{common.suffix(tag)}" / stage / "samples.pt")
-        value = results["students"][str(K)]["per_seed"][0][f"{m}_data"]
-        panels[f"{tag or 'students'} ({stage}), {m} to data {value:.3g}"] = s
+        stage = stage or _last(results)
+        rows = results.get("stages", {"dm": results["students"]}).get(stage)
+        if not rows:
+            raise common.UserError(f"--compare {name}: that run has no stage {stage}")
+        K = max(map(int, rows))
+        value = rows[str(K)]["per_seed"][0][f"{m}_data"]
+        panels[f"{name}, {stage.upper()}: {m} to data {value:.3g}"] = common.load_tensors(home / f"students{K}{common.suffix(tag)}" / stage / "samples.pt")
     first = common.load_shards(home / "reference", "report")
     if m == "l1":
         share = {f"teacher, to data {results['teacher']['per_seed'][0]['l1_data']:.3f}": _share(first), **{k: _share(s["x"]) for k, s in panels.items()}}
-        top = np.quantile(next(iter(share.values()))[next(iter(share.values())) > 0], 0.98)
+        values = next(iter(share.values()))
+        top = np.quantile(values[values > 0], 0.98)
         fig, axes = plt.subplots(1, len(share), figsize=(3.6 * len(share), 3.9))
         for ax, (title, values) in zip(axes, share.items()):
             _image(ax, values, title, DENSITY, top)
@@ -401,10 +407,8 @@ def main(argv=None):
     """python plot.py RUN_FOLDER [TAG]; python plot.py RUN_FOLDER --compare TAG TAG …"""
     argv = sys.argv[1:] if argv is None else argv
     if len(argv) > 2 and argv[1] == "--compare":
-        tags = ["" if t == "none" else t for t in argv[2:]]
-        for t in tags:
-            common.check_tag("--compare", t)
-        print(_written(compare(Path(argv[0]), tags), Path(argv[0]) / "figures" / f"compare-{'-'.join(argv[2:])}.png"))
+        fig = compare(Path(argv[0]), argv[2:])
+        print(_written(fig, Path(argv[0]) / "figures" / f"compare-{'-'.join(argv[2:]).replace('/', '-')}.png"))
         return
     if not 1 <= len(argv) <= 2 or argv[0].startswith("-"):
         raise common.UserError("usage: python plot.py RUN_FOLDER [TAG], or RUN_FOLDER --compare TAG TAG …, such as python plot.py runs/toy")

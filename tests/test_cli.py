@@ -267,7 +267,7 @@ def test_commands_that_readme_prints(line, run, image_run, small, tiny, tmp_path
     at = next(i for i, w in enumerate(words) if w.endswith(".py"))
     script, argv, ranks = Path(words[at]).stem, words[at + 1:], words[0] == "torchrun"
     if script == "plot" and "--compare" in argv:
-        argv = ["runs/small", "--compare", "none", "XXS"]
+        argv = ["runs/small", "--compare", "none", "XXS/dm"]
     if script == "plot":
         plot.main(argv)
         return
