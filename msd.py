@@ -352,9 +352,9 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def comparison(name: str, a: dict, b: dict, metric: str) -> str:
-    """One line: is a's distance below b's, paired by seed? a, b: entries of results["students"]."""
-    a, b = ([p[metric] for p in r["per_seed"]] for r in (a, b))
+def comparison(name: str, a: dict, b: dict, metric: str, other: str = "") -> str:
+    """One line: is a's distance below b's, paired by seed? a, b: entries of results["students"]; other: b's metric, if not the same."""
+    a, b = ([p[name] for p in r["per_seed"]] for r, name in ((a, metric), (b, other or metric)))
     v = common.verdict(a, b)
     error = "" if v["error"] is None else f" ± {v['error']:.4f} (standard error)"
     return (f"{name}: {sum(a) / len(a):.4f} against {sum(b) / len(b):.4f}, ratio {sum(a) / sum(b):.2f}, "
@@ -690,57 +690,62 @@ def read_against(flags: Flags) -> dict:
     return theirs
 
 
+def merged(path: Path, results: dict) -> dict:
+    """Results together with the other K and stages of the same seeds and flags that the file holds; a file of others is set aside."""
+    if not path.exists():
+        return results
+    old = common.load_json(path, "students")
+    configs = old.get("configs", {})
+    both = configs.keys() & results["configs"].keys()
+    if both and all(configs[s] == results["configs"][s] for s in both) and all(old.get(k) == results[k] for k in ("seeds", "samples")):
+        stages = {s: {**old["stages"].get(s, {}), **results["stages"].get(s, {})} for s in ONE_STEP if s in {*old["stages"], *results["stages"]}}
+        return {**results, "configs": {**configs, **results["configs"]}, "stages": stages, "students": list(stages.values())[-1]}
+    kept = path.with_suffix(".previous.json")
+    path.replace(kept)
+    print(f"\n{path} was of other seeds or flags: moved to {kept}")
+    return results
+
+
+def verdicts(flags: Flags, results: dict, theirs: dict | None) -> list[str]:
+    """What this run's numbers say: K against K, against another variant, stage against stage, against the teacher."""
+    rows, m, stages = results["students"], results["metric"], flags.stages.split(",")
+    ks, of_data, lines = [str(K) for K in flags.students], f"{results['metric']}_data", []
+    for name in [m] if m == "l1" and stages[-1] == "dm" else [of_data, m]:                      # where real data enter, they are the reference
+        what = "" if m == "l1" and stages[-1] == "dm" else ", to the teacher" if name == m else ", to the data"
+        if len(ks) > 1:
+            lines += ["", comparison(f"K = {ks[-1]} below K = {ks[0]}{what}?", rows[ks[-1]], rows[ks[0]], name)]
+        for stage in (s for s in stages if s in ONE_STEP and theirs):                           # stage by stage where both have it, else last by last
+            of_k = theirs.get("stages", {}).get(stage) or (theirs["students"] if stage == stages[-1] else {})
+            who = f", {stage}" if len(stages) > 1 else ""
+            lines += [comparison(f"K = {K}{what}{who}, {flags.tag or 'this'} below {flags.against}?", results["stages"][stage][K], of_k[K], name)
+                      for K in ks if K in of_k]
+    for K in ks if stages[-1] != "dm" else ():
+        lines.append("")
+        if "dm" in stages:
+            before, after = (results["stages"][s][K][of_data] for s in ("dm", "adm"))
+            lines.append(f"K = {K}, to the data: {before:.4f} after dm, {after:.4f} after adm, which trains longer (a control of equal length: "
+                         f"--stages adm --init dm{common.suffix(flags.tag)} --gan-weight 0 --tag NAME)")
+        lines.append(comparison(f"K = {K}, to the data, below the teacher?", rows[K], results["teacher"], of_data))
+        lines.append(comparison(f"K = {K}, to the data, chosen checkpoints below the last ones?", rows[K], rows[K], of_data, f"{of_data}_last"))
+    if "general" in results:
+        lines += ["", comparison(f"to the data, the student of {flags.classes} below the general one on these classes?", rows["1"], results["general"], of_data)]
+    elif flags.classes:
+        lines += ["", f"no general student to compare with: the same command with --students 1 instead of --classes {flags.classes} trains it"]
+    return lines
+
+
 def report(flags: Flags, results: dict, theirs: dict | None) -> int:
     """Write results.json, print the table and the verdicts, draw the figures; 1 if --target-l1 is missed, else 0."""
-    path, mine = Path(flags.out) / f"results{common.suffix(flags.tag)}.json", results
-    if path.exists():                                               # keep the other K and stages of the same seeds and flags
-        old = common.load_json(path, "students")
-        configs = old.get("configs", {})
-        both = configs.keys() & results["configs"].keys()
-        if both and all(configs[s] == results["configs"][s] for s in both) and all(old.get(k) == results[k] for k in ("seeds", "samples")):
-            stages = [s for s in ONE_STEP if s in old["stages"] or s in results["stages"]]
-            results = {**results, "configs": {**configs, **results["configs"]},
-                       "stages": {s: {**old["stages"].get(s, {}), **results["stages"].get(s, {})} for s in stages}}
-            results["students"] = results["stages"][stages[-1]]
-        else:
-            kept = path.with_suffix(".previous.json")
-            path.replace(kept)
-            print(f"\n{path} was of other seeds or flags: moved to {kept}")
-    common.save_json(path, results)
-    print("\n" + table(results))
-    results = mine
-    rows, m = results["students"], results["metric"]
-    stages = flags.stages.split(",")
-    metrics = [m] if m == "l1" and stages[-1] == "dm" else [f"{m}_data", m]                     # where real data enter, they are the reference
-    for name in metrics:
-        what = (" to the teacher" if len(metrics) > 1 else "") if name == m else " to the data"
-        if len(flags.students) > 1:
-            low, high = str(flags.students[0]), str(flags.students[-1])
-            print("\n" + comparison(f"K = {high} below K = {low}{',' * bool(what)}{what}?", rows[high], rows[low], name))
-        if theirs:
-            for stage in (s for s in stages if s in ONE_STEP):      # stage by stage where both have it, else last by last
-                of_k = theirs.get("stages", {}).get(stage) or (theirs["students"] if stage == stages[-1] else {})
-                for K in (K for K in map(str, flags.students) if K in of_k):
-                    who = f", {stage}" if len(stages) > 1 else ""
-                    print(comparison(f"K = {K}{what}{who}, {flags.tag or 'this'} below {flags.against}?", results["stages"][stage][K], of_k[K], name))
-    for K in map(str, flags.students) if stages[-1] != "dm" else ():
-        print()
-        of = {s: results["stages"][s][K] for s in stages if s in ONE_STEP}
-        if "dm" in of:
-            print(f"K = {K} to the data: {of['dm'][m + '_data']:.4f} after dm, {of['adm'][m + '_data']:.4f} after adm, which trains longer (a control of equal "
-                  f"length: --stages adm --init dm{common.suffix(flags.tag)} --gan-weight 0 --tag NAME)")
-        print(comparison(f"K = {K} to the data, below the teacher?", rows[K], results["teacher"], f"{m}_data"))
-        chosen, last = rows[K], {"per_seed": [{m: p[f"{m}_data_last"]} for p in rows[K]["per_seed"]]}
-        print(comparison(f"K = {K} to the data, chosen checkpoints below the last ones?", {"per_seed": [{m: p[f"{m}_data"]} for p in chosen["per_seed"]]}, last, m))
-    if "general" in results:
-        print("\n" + comparison(f"to the data, the student of {flags.classes} below the general one on these classes?", rows["1"], results["general"], f"{m}_data"))
-    elif flags.classes:
-        print(f"\nno general student to compare with: the same command with --students 1 instead of --classes {flags.classes} trains it")
+    path = Path(flags.out) / f"results{common.suffix(flags.tag)}.json"
+    whole = merged(path, results)
+    common.save_json(path, whole)
+    print("\n" + table(whole))
+    print("\n".join(verdicts(flags, results, theirs)))
     figures = plot.draw(Path(flags.out), flags.tag)
     print(f"\nresults: {path}\nfigures: " + " ".join(map(str, figures)))
-    largest = results["students"][str(flags.students[-1])][m]
+    largest = results["students"][str(flags.students[-1])][results["metric"]]
     if flags.target_l1 and largest > flags.target_l1:
-        print(f"{m} of {flags.students[-1]} students is {largest:.4f}, above the target {flags.target_l1}")
+        print(f"{results['metric']} of {flags.students[-1]} students is {largest:.4f}, above the target {flags.target_l1}")
         return 1
     return 0
 

@@ -172,28 +172,33 @@ def sizes(names: list[str], dataset: str, quick: bool):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     many = 64 if device.type == "cuda" else 16_384 if facts.stacked else 64 if facts.shape[-1] < 64 else 4
-    rounds = 1 if quick else 200 if facts.stacked else 20 if facts.shape[-1] < 64 or device.type == "cuda" else 5
+    rounds, blocks = (1, 1) if quick else (50, 20) if facts.stacked else (5, 20) if facts.shape[-1] < 64 or device.type == "cuda" else (2, 3)
     many = 2 if quick else many
 
     def timed(net, batch: int) -> float:
         label = torch.zeros(1, batch, dtype=torch.int64, device=device)
         z = torch.randn(1, batch, *facts.shape, device=device)
         with torch.no_grad():
-            return statistics.median([seconds(lambda: dmd.one_step(net, z, label)) for _ in range(rounds + 2)][2:])
-    print(f"{dataset}, one-step students, float32 on a CPU, bf16 inside on a GPU; {machine}")
-    print(f"{'size':>5} {'parameters':>12} {'multiply-adds':>14} {'latency, batch 1':>17} {'two cost':>9}   {'samples a second':>16} (batch {many})")
-    first = None
+            seconds(lambda: dmd.one_step(net, z, label))
+            return statistics.median([seconds(lambda: dmd.one_step(net, z, label)) for _ in range(rounds)])
+    nets, macs, times = {}, {}, {(name, batch): [] for name in names for batch in (1, 2, many)}
     for name in names:
         with torch.device("meta"):
             net = edm.Precond(facts.net(1, name), facts.sigma_data)
             counter = FlopCounterMode(display=False)
             with counter, torch.no_grad():
                 dmd.one_step(net, torch.zeros(1, 1, *facts.shape), torch.zeros(1, 1, dtype=torch.int64))
-        count, macs = sum(p.numel() for p in net.parameters()), counter.get_total_flops() / 2
-        net = edm.Precond(facts.net(1, name), facts.sigma_data).to(device)
-        one, two, batch = timed(net, 1), timed(net, 2), timed(net, many)
-        first = first or one
-        print(f"{name:>5} {count:>12,} {macs:>14,.0f} {1e3 * one:>11.2f} ms {100 * (one / first - 1):>+4.0f}%{two / one:>8.2f}x   {many / batch:>16,.0f}   "
+        macs[name] = counter.get_total_flops() / 2
+        nets[name] = edm.Precond(facts.net(1, name), facts.sigma_data).to(device)
+    for _ in range(blocks):                                         # in turn, and the least of the blocks: a busy machine only adds
+        for name, batch in times:
+            times[name, batch].append(timed(nets[name], batch))
+    print(f"{dataset}, one-step students, float32 on a CPU, bf16 inside on a GPU; {machine}")
+    print(f"{'size':>5} {'parameters':>12} {'multiply-adds':>15} {'latency, batch 1':>17} {'two cost':>9}   {'samples a second':>16} (batch {many})")
+    for name in names:
+        count, (one, two, batch) = sum(p.numel() for p in nets[name].parameters()), (min(times[name, n]) for n in (1, 2, many))
+        print(f"{name:>5} {count:>12,} {macs[name]:>15,.0f} {1e3 * one:>11.2f} ms {100 * (one / min(times[names[0], 1]) - 1):>+4.0f}%{two / one:>8.2f}x   "
+              f"{many / batch:>16,.{0 if many / batch > 99 else 2}f}   "
               + ("launch-bound at batch 1: a second sample is nearly free" if two / one < 1.4 else "compute-bound"))
 
 
