@@ -296,11 +296,13 @@ def resumed_fake(home: Path, k: int) -> dict:
     """mu_fake of student k, a stack of one, as stage 1 left it in state.pt. UserError if there is none."""
     own = home / f"student{k}"
     path = (own if own.is_dir() else home) / "state.pt"
-    saved = common.load_tensors(path, mmap=True)
-    if "mu_fake" not in saved.get("parts", {}):
-        raise common.UserError(f"{path}: no fake denoiser in it (--adm-fake resume goes on with the one of a DM stage)")
+    try:
+        saved = common.load_tensors(path, mmap=True)["parts"]
+        saved["mu_fake"]
+    except (common.UserError, KeyError, TypeError):
+        raise common.UserError(f"{path}: no fake denoiser to be read from it; take --adm-fake restart, or delete {path.parent} to train that stage again") from None
     members = 1 if own.is_dir() else len(common.load_json(home / "config.json", "partition")["partition"])
-    return {name: (v if members == 1 else v[k:k + 1]).clone() for name, v in saved["parts"]["mu_fake"].items()}
+    return {name: (v if members == 1 else v[k:k + 1]).clone() for name, v in saved["mu_fake"].items()}
 
 
 def distil(flags: Flags, members: list, pair_index: list, starts: list[dmd.Start], inputs: dmd.Inputs, source, device, ranks) -> None:

@@ -54,6 +54,11 @@ def command(main):
             print("error: the GPU's memory is full; --micro-batch N halves it when N is half of what it was (now: all of a "
                   "rank's share of --batch), with the same result", file=sys.stderr)
             raise SystemExit(2) from None
+        except RuntimeError as error:
+            if "DefaultCPUAllocator" not in str(error):
+                raise
+            print("error: not enough memory on this machine; a smaller --batch (of each stage: --help), or --micro-batch N", file=sys.stderr)
+            raise SystemExit(2) from None
         except KeyboardInterrupt:
             print("\ninterrupted; the same command goes on where its last checkpoint stands:\n  "
                   + shlex.join([sys.executable, *sys.argv]), file=sys.stderr)
@@ -87,8 +92,8 @@ def suffix(tag: str) -> str:
 
 def check_tag(name: str, tag: str) -> None:
     """--tag and --against become parts of file names. UserError if they are more than letters, digits, _, . and -."""
-    if not all(c.isalnum() or c in "_.-" for c in tag) or ".." in tag:
-        raise UserError(f"{name} {tag}: letters, digits, _, . and - only")
+    if not all(c.isalnum() or c in "_.-" for c in tag) or ".." in tag or len(tag) > 80:
+        raise UserError(f"{name} {tag[:80]}: letters, digits, _, . and - only, at most 80")
 
 
 def _near(word: str, words) -> str:
@@ -130,6 +135,8 @@ def parse(cls, presets: dict, argv=None, doc: str = ""):
         for value in [given.get(f.name)] if low is not None and f.name in given else []:
             if not low <= value < math.inf:
                 raise UserError(f"{option(f.name)} {value}: must be a number, at least {low}")
+            if isinstance(value, int) and value >= 2 ** 62:
+                raise UserError(f"{option(f.name)} {value}: must be below 2^62")
         if choices and f.name in given and given[f.name] not in choices:
             raise UserError(f"{option(f.name)} {given[f.name]}: no such choice"
                             f"{_near(given[f.name], choices)} (one of {', '.join(map(str, choices))})")
@@ -554,8 +561,8 @@ def check_config(folder: Path, config: dict) -> None:
         differ = [k for k in sorted({*old, *config}) if old.get(k) != config.get(k)]
         if differ:
             what = ", ".join(f"{k} ({old.get(k)} there, {config.get(k)} now)" for k in differ)
-            raise UserError(f"{folder} was made with other flags: {what}; give those flags, choose another --out, "
-                            f"or delete that folder")
+            raise UserError(f"{folder} was made with other flags: {what}; give those flags, choose another --out (students: "
+                            f"a --tag is enough), or delete that folder")
     else:
         save_json(path, config)
 
@@ -698,7 +705,7 @@ class Stage:
             bad = [n for n, ok in zip(student_names, finite.tolist()) if not ok]
             where = f"last checkpoint: step {self.last} in {next(iter(self.folders))}" if self.last else "no checkpoint yet"
             raise UserError(f"{self.name}: the loss is not finite at step {step} ({', '.join(bad[:3])}); {where}; "
-                            f"lower the learning rate (and choose another --out)")
+                            f"lower the learning rate or a loss's weight (and choose another --tag or --out)")
         return loss
 
     def save(self, step: int, **parts) -> None:

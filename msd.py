@@ -311,19 +311,26 @@ def size_of(flags: Flags, inputs: dmd.Inputs):
 def results_config(flags: Flags, seed: int, stage: str) -> dict:
     """What must be equal for two runs' rows of a stage to stand in one table."""
     before = flags.stages.split(",")[:flags.stages.split(",").index(stage)]
-    out = {**dmd.ancestry(flags, seed), "size": flags.student_size, "init": flags.init if not before else "", "before": before,
-           "sampler_steps": flags.sampler_steps, "weight_decay": flags.weight_decay}
-    names = {"dm": ("pairs", "dm"), "adm": ("adm", "real"), "post": ("post",), "tsm": ("tsm", "real")}
-    for s in (*before, stage):
-        for name in names[s]:
-            out |= common.stage_config(flags, name)
+    begin = before[-1] + common.suffix(flags.tag) if before else flags.init or ("dm" + common.suffix(flags.tag) if stage == "adm" else "")
+    out = {**dmd.ancestry(flags, seed), "size": flags.student_size, "begin": begin, "sampler_steps": flags.sampler_steps, "weight_decay": flags.weight_decay}
+    for name in {"dm": ("pairs", "dm"), "adm": ("adm", "real"), "post": ("post",)}[stage]:
+        out |= common.stage_config(flags, name)
     return out | ({n: getattr(flags, n) for n in adm.SHARED} if stage == "adm" else {n: getattr(flags, n) for n in tsm.POST_SHARED} if stage == "post" else {})
 
 
 def general_folder(flags: Flags, facts: data.Facts, seed: int, stage: str) -> Path | None:
     """The general student that --classes is compared with: K = 1, of the same size, without a tag of its own; None if it is not there."""
-    folder = dmd.stage_folder(flags, seed, 1, stage, tag=default_tag(flags, facts, ""))
-    return folder if list(folder.glob("**/best.pt")) else None
+    tag = default_tag(flags, facts, "")
+    folder = dmd.stage_folder(flags, seed, 1, stage, tag=tag)
+    if not list(folder.glob("**/best.pt")):
+        return None
+    for s in (s for s in flags.stages.split(",") if s in ONE_STEP):
+        configs = [next(dmd.stage_folder(flags, seed, 1, s, tag=t).glob("**/config.json"), None) for t in (tag, flags.tag)]
+        a, b = ({k: v for k, v in common.load_json(c).items() if k not in ("start", "students", "student", "partition", "classes")} if c else {} for c in configs)
+        if a != b:
+            print(f"{folder}: the general student was made with another {', '.join(sorted(k for k in {*a, *b} if a.get(k) != b.get(k)))}: not compared")
+            return None
+    return folder
 
 
 COLUMNS = {"within": ("within", "4 std", ".4f"), "modes": ("modes", "(exp H)", ".1f"), "mode_min": ("emptiest", "mode", ".2f"),
@@ -471,8 +478,8 @@ def check_stages(flags: Flags, facts: data.Facts) -> None:
     first, small = stages[0], bool(flags.student_size) and flags.student_size != flags.teacher_size
     if "adm" in stages:
         adm.check_flags(flags)
-        before = stages[stages.index("adm") - 1] if first != "adm" else (flags.init or "dm").partition("-")[0]
-        if flags.adm_fake == "resume" and before not in ("dm", "adm"):
+        before = stages[stages.index("adm") - 1] if first != "adm" else "" if Path(flags.init).is_file() else (flags.init or "dm").partition("-")[0]
+        if flags.adm_fake == "resume" and before != "dm":
             raise common.UserError("--adm-fake resume: goes on with the fake denoiser of a dm stage; ADM does not start from one here")
     if flags.init and first == "tsm":
         raise common.UserError(f"--init {flags.init}: TSM starts from random weights; leave the flag out, or tsm")
@@ -520,6 +527,10 @@ def first_start(flags: Flags, facts: data.Facts, m: common.Member, teacher) -> d
     stage, _, tag = init.partition("-")
     if Path(init).is_file():
         start = checkpoint(init, facts)
+    elif Path(init).is_dir():
+        raise common.UserError(f"--init {init}: a folder; for the students of a stage of this run give dm or dm-TAG, else a checkpoint's path")
+    elif stage == "tsm" and tag:
+        raise common.UserError(f"--init {init}: TSM networks have no tag; give tsm (and --tsm-steps) or the path of one")
     elif stage == "tsm":
         start = dmd.start_from(tsm.home(flags, m, size), "ema.pt", 0 if flags.tsm_common else m.student)
     elif stage in ONE_STEP:
@@ -538,7 +549,10 @@ def checkpoint(path: str, facts: data.Facts) -> dmd.Start:
         D = edm.load_teacher(path)
         size, found = D.size, D.facts
     except common.UserError:
-        saved, D = dmd.read_students(Path(path))
+        try:
+            saved, D = dmd.read_students(Path(path))
+        except common.UserError:
+            raise common.UserError(f"--init {path}: neither a teacher's nor a student's checkpoint of this code") from None
         size, found = saved["size"], saved["facts"]
         if len(saved["partition"]) != 1:
             raise common.UserError(f"--init {path}: a stack of {len(saved['partition'])} students; to go on with each of them: --init dm") from None
@@ -683,8 +697,12 @@ def read_against(flags: Flags) -> dict:
     if not other.exists():
         raise common.UserError(f"--against {flags.against}: no {other}; run that variant with --tag {flags.against} first")
     theirs = common.load_json(other, "seeds", "students")
-    if theirs.get("samples") != flags.eval_samples:
-        raise common.UserError(f"--against {flags.against}: {other} was measured with {theirs.get('samples')} samples; give --eval-samples")
+    facts = data.facts(flags.dataset, flags.resolution)
+    own = classes_of(flags, facts)
+    if theirs.get("classes") != own:
+        raise common.UserError(f"--against {flags.against}: {other} is of the classes {theirs.get('classes', 'all')}, this run of {own or 'all'}")
+    if theirs.get("samples") != (flags.eval_samples // facts.classes * len(own) if own else flags.eval_samples):
+        raise common.UserError(f"--against {flags.against}: {other} was measured with {theirs.get('samples')} samples; give the --eval-samples of that run")
     if theirs["seeds"] != edm.seeds(flags):
         raise common.UserError(f"--against {flags.against}: {other} has seeds {theirs['seeds']}, this run {edm.seeds(flags)}")
     return theirs
@@ -700,7 +718,7 @@ def merged(path: Path, results: dict) -> dict:
     if both and all(configs[s] == results["configs"][s] for s in both) and all(old.get(k) == results[k] for k in ("seeds", "samples")):
         stages = {s: {**old["stages"].get(s, {}), **results["stages"].get(s, {})} for s in ONE_STEP if s in {*old["stages"], *results["stages"]}}
         return {**results, "configs": {**configs, **results["configs"]}, "stages": stages, "students": list(stages.values())[-1]}
-    kept = path.with_suffix(".previous.json")
+    kept = next(p for p in (path.with_suffix(f".previous{i or ''}.json") for i in range(10_000)) if not p.exists())
     path.replace(kept)
     print(f"\n{path} was of other seeds or flags: moved to {kept}")
     return results
@@ -715,10 +733,14 @@ def verdicts(flags: Flags, results: dict, theirs: dict | None) -> list[str]:
         if len(ks) > 1:
             lines += ["", comparison(f"K = {ks[-1]} below K = {ks[0]}{what}?", rows[ks[-1]], rows[ks[0]], name)]
         for stage in (s for s in stages if s in ONE_STEP and theirs):                           # stage by stage where both have it, else last by last
-            of_k = theirs.get("stages", {}).get(stage) or (theirs["students"] if stage == stages[-1] else {})
-            who = f", {stage}" if len(stages) > 1 else ""
-            lines += [comparison(f"K = {K}{what}{who}, {flags.tag or 'this'} below {flags.against}?", results["stages"][stage][K], of_k[K], name)
-                      for K in ks if K in of_k]
+            of_k, other = theirs.get("stages", {"dm": theirs["students"]}), stage
+            if stage not in of_k:
+                if stage != stages[-1]:
+                    continue
+                other = list(of_k)[-1]
+            mine, yours = ("", "") if stage == other == "dm" and len(stages) == 1 else (f" ({stage})", f" ({other})")
+            lines += [comparison(f"K = {K}{what}, {flags.tag or 'this'}{mine} below {flags.against}{yours}?", results["stages"][stage][K], of_k[other][K], name)
+                      for K in ks if K in of_k[other]]
     for K in ks if stages[-1] != "dm" else ():
         lines.append("")
         if "dm" in stages:

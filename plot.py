@@ -322,20 +322,27 @@ def figure8(sets: dict) -> plt.Figure:
 
 def compare(out: Path, tags: list[str]) -> plt.Figure:
     """The largest K of several variants TAG or TAG/STAGE side by side, the teacher first. UserError if one is not there."""
-    panels = {}
+    panels, first_about = {}, None
     for name in tags:
         tag, _, stage = name.partition("/")
         tag = "" if tag == "none" else tag
         common.check_tag("--compare", tag)
-        results = common.load_json(out / f"results{common.suffix(tag)}.json", "seeds", "students", "metric")
+        path = out / f"results{common.suffix(tag)}.json"
+        if not path.exists():
+            have = ", ".join(p.stem.removeprefix("results").removeprefix("-") or "none" for p in sorted(out.glob("results*.json")) if "previous" not in p.stem)
+            raise common.UserError(f"--compare {name}: no {path}; this run folder has: {have or 'no results'}")
+        results = common.load_json(path, "seeds", "students", "metric")
         home, m = out / f"seed{results['seeds'][0]}", results["metric"]
+        about = (results["seeds"][0], results.get("classes"), m)
+        if about != (first_about := first_about or about):
+            raise common.UserError(f"--compare {name}: of another first seed or other classes than {tags[0]}: not to be laid side by side")
         stage = stage or _last(results)
         rows = results.get("stages", {"dm": results["students"]}).get(stage)
         if not rows:
             raise common.UserError(f"--compare {name}: that run has no stage {stage}")
         K = max(map(int, rows))
         value = rows[str(K)]["per_seed"][0][f"{m}_data"]
-        panels[f"{name}, {stage.upper()}: {m} to data {value:.3g}"] = common.load_tensors(home / f"students{K}{common.suffix(tag)}" / stage / "samples.pt")
+        panels[f"{name}, K = {K}, {stage.upper()}: {m} to data {value:.3g}"] = common.load_tensors(home / f"students{K}{common.suffix(tag)}" / stage / "samples.pt")
     first = common.load_shards(home / "reference", "report")
     if m == "l1":
         share = {f"teacher, to data {results['teacher']['per_seed'][0]['l1_data']:.3f}": _share(first), **{k: _share(s["x"]) for k, s in panels.items()}}

@@ -126,7 +126,8 @@ def main(argv=None):
         samplers["students"] = lambda z, label: torch.cat([msd.route(students.G, students.router, a, b)
                                                            for a, b in zip(z.split(2 * chunk), label.split(2 * chunk))])
         evaluations["students"] = 1
-    classes = torch.tensor(flags.classes or range(facts.classes))
+    covered = (students.router.table >= 0).nonzero()[:, 0].tolist() if flags.of != "teacher" else range(facts.classes)
+    classes = torch.tensor(flags.classes or covered)
     if not ((classes >= 0) & (classes < facts.classes)).all():
         raise common.UserError(f"--classes {' '.join(map(str, flags.classes))}: this run has classes 0 to {facts.classes - 1}")
     label = classes[torch.arange(len(seeds)) % len(classes)].to(device)

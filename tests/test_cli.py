@@ -252,7 +252,12 @@ def readme_commands():
     return sorted({" ".join(line.split()) for line in lines})
 
 
-@pytest.mark.parametrize("line", [pytest.param(line, marks=pytest.mark.slow) if line.startswith("torchrun") and "imagenet64" not in line else line
+def long(line: str) -> bool:
+    """Run with --run-slow only: two ranks, and the variants of the table of stages."""
+    return line.startswith("torchrun") and "imagenet64" not in line or "runs/stages" in line
+
+
+@pytest.mark.parametrize("line", [pytest.param(line, marks=pytest.mark.slow) if long(line) else line
                                   for line in readme_commands()])
 def test_commands_that_readme_prints(line, run, image_run, small, tiny, tmp_path, monkeypatch):
     """Each in process, at smoke size, in a folder that already holds smoke runs at runs/toy, runs/fashion-mnist and runs/small.
