@@ -124,6 +124,7 @@ def test_exact_kde_and_stack_belong_to_the_toy(capsys, tiny, tmp_path):
     assert "--student 3" in refused(capsys, msd.main, argv(tiny, tmp_path, "--student", "3", "--students", "3"))
 
 
+@pytest.mark.slow
 def test_students_of_nvidias_teacher(tmp_path):
     """From an EDM snapshot to routed samples: G starts as the snapshot's network, with its sigma_data and size."""
     path = tmp_path / "teacher.pkl"

@@ -61,6 +61,7 @@ def test_students_in_turn_on_fewer_ranks_are_the_same_bit_for_bit(tmp_path, tiny
     assert (tmp_path / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_one_student_at_a_time_is_the_same_bit_for_bit(tmp_path, tiny, image_run):
     """--student k, for job arrays: then the same command without it evaluates."""
     for k in (1, 2, 0):

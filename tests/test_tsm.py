@@ -1,5 +1,6 @@
 """TSM: its loss and what minimises it; smaller students stage by stage; post-distillation; orders, starts, specialised students; resume."""
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,6 +208,9 @@ def test_one_specialised_student_against_the_general_one(small, tmp_path, capsys
     capsys.readouterr()
     assert msd.main([*argv, "--classes", "3,4"]) == 0
     assert "below the general one on these classes?" in capsys.readouterr().out
+    assert msd.main([*argv, "--classes", "5", "--adm-steps", "7"]) == 0                         # of other flags: not compared, and said so
+    text = capsys.readouterr().out
+    assert "made with another adm_steps" in text and "below the general one" not in text
 
 
 def test_the_exact_teacher_takes_its_weights_from_tsm(tmp_path, monkeypatch):
@@ -278,7 +282,10 @@ def test_students_of_another_size_are_no_start(small, capsys, tmp_path):
     (["--stages", "tsm,adm", "--student-size", "XXS", "--adm-fake", "resume"], "--adm-fake resume"),
     (["--stages", "adm", "--init", "teacher", "--adm-fake", "resume"], "--adm-fake resume"),
     (["--stages", "dm,adm", "--gan-weight", "0", "--dm-weight", "0"], "nothing is left"),
-    (["--dataset", "fashion-mnist", "--teacher", "exact"], "closed form")])
+    (["--dataset", "fashion-mnist", "--teacher", "exact"], "closed form"),
+    (["--init", "tsm-x", "--student-size", "XXS"], "have no tag"), (["--init", str(Path(__file__).parent)], "a folder"),
+    (["--init", __file__], "neither a teacher's nor a student's"), (["--seed", "9" * 20], "below 2^62"), (["--tag", "x" * 300], "at most 80"),
+    (["--batch", str(10 ** 15)], "not enough memory")])
 def test_late_mistakes_are_refused_early(capsys, tmp_path, argv, words):
     assert words in refused(capsys, msd.main, [*SMOKE, *argv, "--out", str(tmp_path / "x")])
     assert not list(tmp_path.rglob("*.pt"))
@@ -304,6 +311,8 @@ def test_stages_of_one_run_stand_in_one_table(small, tmp_path):
     assert msd.main([*SMOKE, "--students", "2", "--out", str(out)]) == 0
     results = common.load_json(out / "results.json")
     assert set(results["stages"]["dm"]) == {"2", "3"} and set(results["stages"]["adm"]) == set(results["students"]) == {"3"}
+    assert msd.main([*SMOKE, "--students", "3", "--stages", "adm", "--adm-steps", "8", "--out", str(out)]) == 0
+    assert common.load_json(out / "results.json")["stages"].keys() == {"dm", "adm"} and not (out / "results.previous.json").exists()
     assert msd.main([*SMOKE, "--students", "2", "--stages", "dm,adm", "--adm-steps", "7", "--out", str(out)]) == 0
     assert set(common.load_json(out / "results.previous.json")["stages"]["dm"]) == {"2", "3"}
 
