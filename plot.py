@@ -315,8 +315,8 @@ def figure8(sets: dict) -> plt.Figure:
         ticks = sorted({r["classes_of_data"] / int(K) for r in sets.values() for K in r["stages"].get(stage, {})})
         ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
         ax.minorticks_off()
-        ax.set_ylim(0)
-    axes[0][0].legend(fontsize=8)
+    axes[0][0].set_ylim(0, 1.35 * axes[0][0].get_ylim()[1])         # room for the legend
+    axes[0][0].legend(fontsize=8, ncols=2, loc="upper left")
     return fig
 
 
