@@ -317,7 +317,7 @@ def test_commands_that_readme_prints(line, run, image_run, small, tiny, tmp_path
             del argv[argv.index(heavy):argv.index(heavy) + 2]
     if "--seeds" in argv:
         argv[argv.index("--seeds") + 1] = "2"
-    argv = argv + (["--out", "runs/fresh"] if "--out" not in argv else []) + (["--preset", "smoke"] if "--preset" not in argv else [])
+    argv = argv + (["--out", "runs/fashion-mnist" if "--init" in argv else "runs/fresh"] if "--out" not in argv else []) + (["--preset", "smoke"] if "--preset" not in argv else [])
     argv += ["--quiet"] + (["--data", str(tiny)] if "fashion-mnist" in argv else [])
     if ranks:
         assert all(code == 0 for code, _ in launch(2, *argv))
