@@ -219,9 +219,7 @@ def train(run: common.Stage, flags: Flags, members, teacher, net, fake_net, sour
                 watch(**{"push of the DM term": flags.dm_weight * rms(grad) / grad[0, 0].numel()})
             if flags.adm_reg_weight > 0:
                 pick = dmd.pick_pairs(draws, step, B, pair_index)[:, part]
-                x_ref = dmd.one_step(G, pairs["z"][pairs["row"][:, None], pick], pairs["label"][pairs["row"][:, None], pick])
-                y = pairs["y"][pairs["row"][:, None], pick].to(x_ref.dtype)
-                terms = terms + flags.adm_reg_weight * dmd.regression_loss(x_ref, y, distance)
+                terms = terms + flags.adm_reg_weight * dmd.paired_loss(G, pairs, pick, distance)
             share = terms.sum(-1) / B                                                           # [M]
             share.sum().backward()
             loss += share.detach()

@@ -260,6 +260,13 @@ def pick_pairs(draws, step: int, batch: int, pair_index: list) -> Tensor:
     return torch.stack([index[p % len(index)] for index, p in zip(pair_index, pick)])
 
 
+def paired_loss(G, pairs: dict, pick: Tensor, distance) -> Tensor:
+    """`regression_loss` [M, b] of G on the pairs `pick` [M, b]; pairs as in `train`."""
+    row = pairs["row"][:, None]
+    x_ref = one_step(G, pairs["z"][row, pick], pairs["label"][row, pick])
+    return regression_loss(x_ref, pairs["y"][row, pick].to(x_ref.dtype), distance)
+
+
 def bins_in_strata(draws, step: int, purpose: str, low: int, high: int, batch: int, strata: int) -> Tensor:
     """Noise bins [M, batch, strata], uniform on low..high; a sample's draws fall into equal strata, one each."""
     u = draws.uniform(step, purpose, batch, strata)
@@ -327,7 +334,6 @@ def train(run: common.Stage, flags: Flags, members, teacher, net, pairs: dict, p
     (low, high), (fake_low, fake_high) = flags.bins, flags.fake_bins
     grid = edm.sigma_bins().float().to(device)
     distance = lpips_distance(device) if flags.distance == "lpips" and flags.reg_weight > 0 else flags.distance
-    row = pairs["row"][:, None]
     first_kl = first_kl_step(flags)
     for step in run.range(start):
         kl = step >= first_kl                                       # two phases, each with its own warm-up and decay
@@ -351,8 +357,7 @@ def train(run: common.Stage, flags: Flags, members, teacher, net, pairs: dict, p
                 made.append((x.detach(), label))
             if flags.reg_weight > 0:
                 pick = pick_pairs(draws, step, B, pair_index)[:, part]                          # [M, b]
-                x_ref = one_step(G, pairs["z"][row, pick], pairs["label"][row, pick])
-                reg = regression_loss(x_ref, pairs["y"][row, pick].to(x_ref.dtype), distance)
+                reg = paired_loss(G, pairs, pick, distance)
                 terms = terms + (flags.reg_weight if kl else 1.0) * reg
             share = terms.sum(-1) / B                                                           # [M]
             share.sum().backward()
@@ -580,10 +585,7 @@ def ancestry(flags: Flags, seed: int) -> dict:
 
 def generators(flags: Flags, starts: list[Start], device) -> edm.Precond:
     """The stack of generators at their starts, [M, ...]."""
-    facts, begin = data.facts(flags.dataset, flags.resolution), [s.load() for s in starts]
-    G = edm.ready(facts.net(len(begin), starts[0].size), begin[0].sigma_data, flags, device)
-    G.load_state_dict(common.stack_of(begin))
-    return G
+    return edm.stacked([s.load() for s in starts], starts[0].size, data.facts(flags.dataset, flags.resolution), flags, device)
 
 
 def networks(flags: Flags, starts: list[Start], row: list[int], inputs: Inputs, device):
@@ -592,8 +594,7 @@ def networks(flags: Flags, starts: list[Start], row: list[int], inputs: Inputs, 
     row: per member, which teacher. mu_fake has the teacher's size, whatever the generators' is."""
     facts, size = data.facts(flags.dataset, flags.resolution), inputs.teachers[0].size
     G = generators(flags, starts, device)
-    fake = edm.ready(facts.net(len(row), size), inputs.teachers[0].sigma_data, flags, device)
-    fake.load_state_dict(common.stack_of([inputs.teachers[r] for r in row]))
+    fake = edm.stacked([inputs.teachers[r] for r in row], size, facts, flags, device)
     teacher = (facts.exact if flags.teacher == "exact" else inputs.teachers[row[0]] if len(row) == 1
                else copy.deepcopy(fake).requires_grad_(False))
     edm.compiled(flags, teacher)

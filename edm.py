@@ -213,6 +213,13 @@ def ready(net: nn.Module, sigma_data: float, flags, device) -> Precond:
     return Precond(net, sigma_data).to(device)
 
 
+def stacked(nets: list[Precond], size, facts: data.Facts, flags, device) -> Precond:
+    """One stack of these stacks of one, all of this size, made `ready`."""
+    out = ready(facts.net(len(nets), size), nets[0].sigma_data, flags, device)
+    out.load_state_dict(common.stack_of(nets))
+    return out
+
+
 def compiled(flags, *denoisers: Precond) -> None:
     """--compile: compile the image networks in place (a copy of a compiled network is not compiled)."""
     for D in denoisers:

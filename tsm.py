@@ -202,14 +202,11 @@ def distil(flags: Flags, members: list, size: str, teachers: list, source, devic
 
     def train_stack(run, index: list[int]) -> dict:
         stack, row = [trained[i] for i in index], [seeds.index(trained[i].seed) for i in index]
-        begin = [random[i].load() for i in index]
-        net = edm.ready(facts.net(len(stack), size), facts.sigma_data, flags, device)
-        net.load_state_dict(common.stack_of(begin))
+        net = dmd.generators(flags, [random[i] for i in index], device)
         if flags.teacher == "exact" or len(row) == 1:
             teacher = teachers[row[0]]
         else:
-            teacher = edm.ready(facts.net(len(row), teachers[0].size), facts.sigma_data, flags, device).requires_grad_(False)
-            teacher.load_state_dict(common.stack_of([teachers[r] for r in row]))
+            teacher = edm.stacked([teachers[r] for r in row], teachers[0].size, facts, flags, device).requires_grad_(False)
         edm.compiled(flags, teacher)
         return {"ema.pt": train(run, flags, stack, teacher, net, source(), device)}
     dmd.train_all(flags, "tsm", trained, homes, [config(flags, m.seed, size) for m in trained], flags.tsm_steps, train_stack, random, ranks, ("ema.pt",))

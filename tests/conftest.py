@@ -43,6 +43,16 @@ def refused(capsys, main, argv) -> str:
     return err.splitlines()[-1]
 
 
+def assert_stack_is_its_members(train):
+    """Nothing crosses students: train(members, name) -> state of a stack, together and one by one, in float64."""
+    import common
+    members = [common.Member(0, 2, 0, (0, 1, 2, 3)), common.Member(0, 2, 1, (4, 5, 6, 7)), common.Member(0, 1, 0, tuple(range(8)))]
+    together = train(members, "all")
+    for i, m in enumerate(members):
+        for k, v in train([m], f"one{i}").items():
+            torch.testing.assert_close(together[k][i:i + 1], v, atol=1e-12, rtol=1e-12)
+
+
 @pytest.fixture
 def double():
     """Float64 as the default: equivalences are compared to 1e-12."""

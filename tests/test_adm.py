@@ -12,6 +12,7 @@ import edm
 import msd
 import toy_mog
 import unet
+from conftest import assert_stack_is_its_members
 from test_dmd import precond
 
 SMOKE = ["--preset", "smoke", "--quiet"]
@@ -246,12 +247,7 @@ def test_micro_batches_are_the_whole_batch(tmp_path, double):
 
 def test_stack_equals_separate_runs(tmp_path, double):
     flags = small_flags(adm_steps=40, clip_norm=1.0, adm_reg_weight=0.1)
-    members = [common.Member(0, 2, 0, (0, 1, 2, 3)), common.Member(0, 2, 1, (4, 5, 6, 7)), common.Member(0, 1, 0, tuple(range(8)))]
-    together = small_train(tmp_path, members, flags, name="all").state_dict()
-    for i, m in enumerate(members):
-        alone = small_train(tmp_path, [m], flags, name=f"one{i}").state_dict()
-        for k, v in alone.items():
-            torch.testing.assert_close(together[k][i:i + 1], v, atol=1e-12, rtol=1e-12)
+    assert_stack_is_its_members(lambda members, name: small_train(tmp_path, members, flags, name=name).state_dict())
 
 
 def test_generated_data_are_drawn_from_the_students_own_classes():

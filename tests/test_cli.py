@@ -254,7 +254,7 @@ def readme_commands():
 
 def long(line: str) -> bool:
     """Run with --run-slow only: two ranks, the variants of the tables, the images' second and third command."""
-    return (line.startswith("torchrun") and "imagenet64" not in line or "runs/stages" in line or "runs/sweep" in line
+    return (line.startswith("torchrun") and "imagenet64" not in line or "runs/st" in line or "runs/sweep" in line
             or "fashion-mnist" in line and ("--against" in line or "--stages" in line))
 
 

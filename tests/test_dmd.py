@@ -8,6 +8,7 @@ import data
 import dmd
 import edm
 import toy_mog
+from conftest import assert_stack_is_its_members
 
 FACTS = data.DATASETS["toy"]
 
@@ -229,12 +230,7 @@ def test_no_gradient_into_either_score_network(tmp_path, fake):
 def test_stack_equals_separate_runs(tmp_path, double):
     """Nothing crosses students: 50 updates of a stack of three, and of each alone, in float64."""
     flags = small_flags(steps=50, reg_warmup=10, clip_norm=1.0, pairs=40)
-    members = [common.Member(0, 2, 0, (0, 1, 2, 3)), common.Member(0, 2, 1, (4, 5, 6, 7)), common.Member(0, 1, 0, tuple(range(8)))]
-    together = small_train(tmp_path, members, flags, name="all").state_dict()
-    for i, m in enumerate(members):
-        alone = small_train(tmp_path, [m], flags, name=f"one{i}").state_dict()
-        for k, v in alone.items():
-            torch.testing.assert_close(together[k][i:i + 1], v, atol=1e-12, rtol=1e-12)
+    assert_stack_is_its_members(lambda members, name: small_train(tmp_path, members, flags, name=name).state_dict())
 
 
 def test_first_step_of_a_float32_stack(tmp_path):

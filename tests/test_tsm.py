@@ -14,7 +14,7 @@ import msd
 import sample
 import toy_mog
 import tsm
-from conftest import SMALL, refused
+from conftest import SMALL, assert_stack_is_its_members, refused
 from test_dmd import precond
 
 SMOKE = ["--preset", "smoke", "--quiet"]
@@ -82,11 +82,7 @@ def small_post(tmp_path, members, name):
 
 @pytest.mark.parametrize("train", [small_tsm, small_post])
 def test_stack_equals_separate_runs(tmp_path, double, train):
-    members = [common.Member(0, 2, 0, (0, 1, 2, 3)), common.Member(0, 2, 1, (4, 5, 6, 7)), common.Member(0, 1, 0, tuple(range(8)))]
-    together = train(tmp_path, members, "all")
-    for i, m in enumerate(members):
-        for k, v in train(tmp_path, [m], f"one{i}").items():
-            torch.testing.assert_close(together[k][i:i + 1], v, atol=1e-12, rtol=1e-12)
+    assert_stack_is_its_members(lambda members, name: train(tmp_path, members, name))
 
 
 def test_a_short_training_approaches_the_teacher(tmp_path):
