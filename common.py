@@ -70,11 +70,12 @@ def command(main):
 
 # ------------------------------------------------------------------------------------------------------------- flags
 
-def flag(default, help: str, stage: str = "", choices=None, low=None):
+def flag(default, help: str, stage: str = "", choices=None, low=None, later: bool = False):
     """A dataclass field that becomes `--name`. `stage` names the stage folder whose result it determines ("" = none).
 
-    choices: the only values allowed; low: the smallest number allowed (nan and infinity never are)."""
-    meta = {"help": help, "stage": stage, "choices": choices, "low": low}
+    choices: the only values allowed; low: the smallest number allowed (nan and infinity never are); later: not written into
+    config.json while it has its default, so that folders from before there was this flag stay valid."""
+    meta = {"help": help, "stage": stage, "choices": choices, "low": low, "later": later}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=meta)
     return dataclasses.field(default=default, metadata=meta)
@@ -96,22 +97,24 @@ def check_tag(name: str, tag: str) -> None:
         raise UserError(f"{name} {tag[:80]}: letters, digits, _, . and - only, at most 80")
 
 
-def _near(word: str, words) -> str:
-    near = difflib.get_close_matches(word, [str(w) for w in words], n=1, cutoff=0.4)
-    return f"; did you mean {near[0]}?" if near else ""
+def near(word: str, words) -> str:
+    """The words that sound like it, to end an error message with: "; did you mean …?", or nothing."""
+    close = difflib.get_close_matches(word, [str(w) for w in words], n=1, cutoff=0.4)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):                                       # one line instead of the usage text
         unknown = message.removeprefix("unrecognized arguments: ").split()[0] if "unrecognized" in message else ""
-        near = _near(unknown, self._option_string_actions) if unknown.startswith("-") else ""
-        raise UserError(message + near + " (--help lists every flag)")
+        hint = near(unknown, self._option_string_actions) if unknown.startswith("-") else ""
+        raise UserError(message + hint + " (--help lists every flag)")
 
 
 def parse(cls, presets: dict, argv=None, doc: str = ""):
     """Command line -> instance of the dataclass `cls`, with `.source[name]` telling where each value comes from.
 
-    presets: {(dataset, preset): {name: value}}; (dataset, preset, student size) adds to it. Flag beats preset beats default.
+    presets: {(dataset, preset): {name: value}}; (dataset, preset, student size) adds to it; "like": the dataset whose values hold
+    where its own line is silent. Flag beats preset beats default.
     Raises UserError on any misuse."""
     parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     hints = typing.get_type_hints(cls)
@@ -139,13 +142,15 @@ def parse(cls, presets: dict, argv=None, doc: str = ""):
                 raise UserError(f"{option(f.name)} {value}: must be below 2^62")
         if choices and f.name in given and given[f.name] not in choices:
             raise UserError(f"{option(f.name)} {given[f.name]}: no such choice"
-                            f"{_near(given[f.name], choices)} (one of {', '.join(map(str, choices))})")
+                            f"{near(given[f.name], choices)} (one of {', '.join(map(str, choices))})")
     plain = cls()
     dataset, preset = (given.get(n, getattr(plain, n, None)) for n in ("dataset", "preset"))
     if (dataset, preset) not in presets:
         names = [key[1] for key in presets if key[0] == dataset and len(key) == 2]
-        raise UserError(f"--preset {preset}: not known for {dataset}{_near(preset, names)} (one of {', '.join(names)})")
+        raise UserError(f"--preset {preset}: not known for {dataset}{near(preset, names)} (one of {', '.join(names)})")
     chosen = {**presets[dataset, preset], **presets.get((dataset, preset, given.get("student_size")), {})}
+    if "like" in chosen:
+        chosen = {**presets[chosen["like"], preset], **{k: v for k, v in chosen.items() if k != "like"}}
     out = cls(**{**chosen, **given})
     out.source = {f.name: "flag" if f.name in given else f"preset {preset}" if f.name in chosen else "default"
                   for f in dataclasses.fields(cls)}
@@ -173,7 +178,8 @@ def describe(flags) -> str:
 
 def stage_config(flags, stage: str) -> dict:
     """Only the flags that determine the result of `stage`."""
-    return {f.name: getattr(flags, f.name) for f in dataclasses.fields(flags) if f.metadata["stage"] == stage}
+    return {f.name: getattr(flags, f.name) for f in dataclasses.fields(flags) if f.metadata["stage"] == stage
+            and not (f.metadata["later"] and getattr(flags, f.name) == f.default)}
 
 
 def device(name: str, threads: int) -> torch.device:

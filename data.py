@@ -59,6 +59,8 @@ class Facts:
     sigma_data: float = 0.5                # EDM's sigma_data
     exact: Callable | None = None          # the optimal denoiser (x, sigma, label) -> D, where there is one …
     sample: Callable | None = None         # … and the sampler of the data, sample(label, generator) -> x, that goes with it
+    embeddings: Callable | None = None     # embeddings() -> [classes, d], where conditions are rows of a fixed table
+    meaning: Callable = lambda label: label  # the class [...] that a label [...] stands for, where several labels mean one
 
     @property
     def resolution(self) -> int:
@@ -84,6 +86,11 @@ def _images(name: str, channels: int, resolution: int, classes: int, sizes: dict
 DATASETS = {
     "toy": Facts("toy", (2,), toy_mog.CLASSES, lambda facts, students, size: toy_mog.toy_net(students, size), tuple(toy_mog.SIZES),
                  stacked=True, chunk=8192, metric="l1", exact=toy_mog.denoiser, sample=toy_mog.sample),
+    # text-like conditions: label picks a row of a fixed table of embeddings; partitions and router look at them
+    "toy-prompts": Facts("toy-prompts", (2,), toy_mog.PROMPTS, lambda facts, students, size: toy_mog.toy_net(students, size, toy_mog.prompts()),
+                         tuple(toy_mog.SIZES), stacked=True, chunk=8192, metric="l1", embeddings=toy_mog.prompts, meaning=toy_mog.prompt_class,
+                         exact=lambda x, sigma, label=None: toy_mog.denoiser(x, sigma, None if label is None else toy_mog.prompt_class(label)),
+                         sample=lambda label, generator: toy_mog.sample(toy_mog.prompt_class(label), generator)),
     "fashion-mnist": _images("fashion-mnist", 1, 16, 10, unet.LAPTOP, chunk=500, native=32, flip=False),
     "cifar10": _images("cifar10", 3, 32, 10, unet.CIFAR, chunk=500, native=32, flip=True),
     "imagenet64": _images("imagenet64", 3, 64, 1000, unet.SIZES, chunk=250, native=64, flip=False),
@@ -112,16 +119,19 @@ def stratified(batch: int, classes: int, device="cpu") -> Tensor:
 class Mixture:
     """The toy's source: fresh samples for every step."""
 
+    def __init__(self, known: Facts):
+        self.known = known
+
     def batch(self, draws: common.Draws, step: int, batch: int, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Data x [M, b, 2] and labels [M, b] of each member's classes: `part` of the batch of this step."""
         label = draws.label(step, "data label", batch)
-        x = torch.stack([toy_mog.sample(row, g) for row, g in zip(label, draws.generators(step, "data"))])
+        x = torch.stack([self.known.sample(row, g) for row, g in zip(label, draws.generators(step, "data"))])
         return x[:, part], label[:, part]
 
     def truth(self, seed: int, number: int) -> list[tuple[Tensor, Tensor]]:
         """Two independent draws (x, label) of the data, equal shares of classes: what samples are compared with, and a floor."""
-        label = stratified(number, toy_mog.CLASSES)
-        return [(toy_mog.sample(label, common.generator(seed, name)), label) for name in ("real 1", "real 2")]
+        label = stratified(number, self.known.classes)
+        return [(self.known.sample(label, common.generator(seed, name)), label) for name in ("real 1", "real 2")]
 
 
 class Images:
@@ -464,8 +474,8 @@ def source(flags):
 
     flags: needs dataset, resolution, data, out, quiet."""
     known = facts(flags.dataset, flags.resolution)
-    if known.name == "toy":
-        return Mixture()
+    if known.sample:
+        return Mixture(known)
     given = Path(flags.data).expanduser() if flags.data else None
     if given and not given.exists():
         raise common.UserError(f"--data {flags.data}: no such file or folder")
@@ -505,10 +515,10 @@ class Judge:
                                            # "real_select": the data's for choosing checkpoints (toy: another draw of them)}
 
 
-def toy_statistics(x: Tensor, label: Tensor) -> Tensor:
-    """Histogram of each class, counts [8, bins^2 + 1], on the CPU."""
+def toy_statistics(x: Tensor, label: Tensor, classes: int = toy_mog.CLASSES) -> Tensor:
+    """Histogram of each class, counts [classes, bins^2 + 1], on the CPU."""
     x, label = x.cpu(), label.cpu()
-    return torch.stack([toy_mog.histogram(x[label == c]) for c in range(toy_mog.CLASSES)])
+    return torch.stack([toy_mog.histogram(x[label == c]) for c in range(classes)])
 
 
 def toy_distance(a: Tensor, b: Tensor, classes=None) -> float:
@@ -517,12 +527,14 @@ def toy_distance(a: Tensor, b: Tensor, classes=None) -> float:
     return toy_mog.l1(a[rows].sum(0), b[rows].sum(0))
 
 
-def _toy_truth(seed: int, number: int) -> dict:
-    drawn = [toy_statistics(x, label) for x, label in Mixture().truth(seed, number)]
-    return {"real": drawn[0], "real_select": drawn[1], "floor_data": toy_distance(*drawn)}
+def toy_judge(known: Facts) -> Judge:
+    """The judge of the toy's points: l1 of histograms, coverage of the Gaussians."""
+    statistics = functools.partial(toy_statistics, classes=known.classes)
 
-
-TOY_JUDGE = Judge("l1", toy_statistics, toy_distance, toy_mog.coverage, _toy_truth)
+    def truth(seed: int, number: int) -> dict:
+        drawn = [statistics(x, label) for x, label in Mixture(known).truth(seed, number)]
+        return {"real": drawn[0], "real_select": drawn[1], "floor_data": toy_distance(*drawn)}
+    return Judge("l1", statistics, toy_distance, lambda x, label: toy_mog.coverage(x, known.meaning(label)), truth)
 
 
 class Features:
@@ -565,7 +577,7 @@ def judge(flags, source, device, ranks) -> Judge:
     source() gives the data. The classifier and the data's features are kept in OUT/data; the first rank makes them."""
     known = facts(flags.dataset, flags.resolution)
     if known.stacked:
-        return TOY_JUDGE
+        return toy_judge(known)
     home = Path(flags.out) / "data"
     if flags.features:
         net = fid.Inception(flags.features, device)

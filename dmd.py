@@ -438,6 +438,11 @@ def check_flags(flags: Flags) -> None:
     for name in ("pairs", "eval_samples", "select_samples") if not facts.stacked else ():
         if getattr(flags, name) < 2 * facts.classes:                # every class needs a mean and a covariance
             raise common.UserError(f"{common.option(name)} {getattr(flags, name)}: at least two per class, {2 * facts.classes}")
+    if flags.label_dropout >= 1:
+        raise common.UserError(f"--label-dropout {flags.label_dropout}: must be below 1, or the teacher learns no class")
+    if flags.cfg != 1 and flags.teacher == "train" and flags.label_dropout == 0:
+        raise common.UserError(f"--cfg {flags.cfg}: the teacher never learns to do without a class; give --label-dropout 0.1 too (a new teacher: "
+                               f"another --out)")
     for name in ("beta1", "beta2", "ema", "teacher_ema"):
         if getattr(flags, name) >= 1:
             raise common.UserError(f"{common.option(name)} {getattr(flags, name)}: must be below 1")
@@ -475,14 +480,15 @@ def get_inputs(flags: Flags, device, ranks, get_teachers=edm.get_teachers) -> In
     judge = data.judge(flags, source, device, ranks)
     pairs, references = [], {}
     for seed, D in zip(edm.seeds(flags), teachers):
-        denoise = facts.exact if flags.teacher == "exact" else D
+        denoise = edm.mu_teacher(flags, D, facts.exact)
         home, lineage = Path(flags.out) / f"seed{seed}", edm.lineage(flags, seed)
 
         def solved(folder: Path, purpose: str, number: int) -> dict:
             return solve(folder, purpose, number, denoise, facts, seed, flags.sampler_steps, device, ranks, flags.quiet)
 
         folder = home / "pairs" / str(flags.pairs)
-        common.check_config(folder, {**lineage, "sampler_steps": flags.sampler_steps, **common.stage_config(flags, "pairs")})
+        guidance = {"cfg": flags.cfg} if flags.cfg != 1 else {}
+        common.check_config(folder, {**lineage, **guidance, "sampler_steps": flags.sampler_steps, **common.stage_config(flags, "pairs")})
         pairs.append(solved(folder, "pairs", flags.pairs))
         folder = home / "reference"
         common.check_config(folder, {**lineage, **common.stage_config(flags, "samples")})
@@ -519,7 +525,7 @@ def read_students(path: Path) -> tuple[dict, edm.Precond]:
     saved = common.load_tensors(path)
     try:
         facts = data.facts(saved["dataset"], saved.get("resolution", 0))
-        G = edm.Precond(facts.net(len(saved["partition"]), saved["size"]), facts.sigma_data)
+        G = edm.Precond(facts.net(len(saved["partition"]), saved["size"]), facts.sigma_data, saved.get("sigma_min", 0.0))
         G.load_state_dict(saved["net"])
         return {**saved, "facts": facts}, G.requires_grad_(False)
     except (KeyError, TypeError, RuntimeError, IndexError, AttributeError, ValueError):
@@ -538,7 +544,7 @@ def _row(path: Path, changed: int, k: int) -> edm.Precond:
     members = len(saved["partition"])
     if not k < members:
         raise common.UserError(f"{path}: {members} students, but number {k} is asked for")
-    one = edm.Precond(saved["facts"].net(1, saved["size"]), G.sigma_data).requires_grad_(False)
+    one = edm.Precond(saved["facts"].net(1, saved["size"]), G.sigma_data, G.sigma_min).requires_grad_(False)
     one.load_state_dict(common.rows_of(G, slice(k, k + 1), members))
     return one
 
@@ -580,7 +586,7 @@ def ancestry(flags: Flags, seed: int) -> dict:
     judge = {} if data.DATASETS[flags.dataset].stacked else {"features": Path(flags.features).name or "classifier"}
     weights = {"weights of exact": [common.stage_config(flags, "tsm"), flags.noise_law, flags.P_mean, flags.P_std, flags.teacher_size,
                                     getattr(flags, "init", "")]} if flags.teacher == "exact" else {}
-    return {**edm.lineage(flags, seed), **judge, **weights}
+    return {**edm.lineage(flags, seed), **judge, **weights, **({"cfg": flags.cfg} if flags.cfg != 1 else {})}
 
 
 def generators(flags: Flags, starts: list[Start], device) -> edm.Precond:
@@ -595,10 +601,17 @@ def networks(flags: Flags, starts: list[Start], row: list[int], inputs: Inputs, 
     facts, size = data.facts(flags.dataset, flags.resolution), inputs.teachers[0].size
     G = generators(flags, starts, device)
     fake = edm.stacked([inputs.teachers[r] for r in row], size, facts, flags, device)
-    teacher = (facts.exact if flags.teacher == "exact" else inputs.teachers[row[0]] if len(row) == 1
-               else copy.deepcopy(fake).requires_grad_(False))
-    edm.compiled(flags, teacher)
-    return G, teacher, fake
+    return G, teacher_of(flags, row, inputs, device), fake
+
+
+def teacher_of(flags: Flags, row: list[int], inputs: Inputs, device):
+    """mu_teacher of a stack of M members: the closed form, or their seeds' networks, frozen. row: per member, which teacher."""
+    facts = data.facts(flags.dataset, flags.resolution)
+    D = inputs.teachers[row[0]]
+    if flags.teacher != "exact" and len(row) > 1:
+        D = edm.stacked([inputs.teachers[r] for r in row], D.size, facts, flags, device).requires_grad_(False)
+    edm.compiled(flags, D)
+    return edm.mu_teacher(flags, D, facts.exact)
 
 
 def distil(flags: Flags, members: list, pair_index: list, starts: list[Start], inputs: Inputs, device, ranks) -> None:
@@ -649,6 +662,7 @@ def train_all(flags: Flags, stage: str, members: list, homes: list[Path], config
             about = {"dataset": facts.name, "resolution": facts.resolution, "size": starts[chosen[0]].size,
                      "partition": [m.classes for m in stack[rows]], "seconds": run.seconds()}
             for file, D in nets.items():
+                about |= {"sigma_min": D.sigma_min} if D.sigma_min else {}
                 common.save_tensors(folder / file, {**about, "net": common.rows_of(D, rows, len(stack))})
             common.save_json(folder / "done.json", {"seconds": run.seconds()})
 

@@ -71,6 +71,8 @@ class Flags:
                           ("lognormal", "bins"))
     P_mean: float = flag(-2.5, "mean of ln sigma", "teacher")
     P_std: float = flag(1.5, "standard deviation of ln sigma", "teacher", low=0)
+    label_dropout: float = flag(0.0, "share of the teacher's batch trained without a class, for guidance (--cfg)", "teacher", low=0, later=True)
+    cfg: float = flag(1.0, "classifier-free guidance scale of the teacher: in its samples, in mu_teacher, nowhere else; 1 = none", "samples", low=0, later=True)
     sampler_steps: int = flag(40, "steps of the teacher's Heun sampler (2 n - 1 evaluations)", "samples", low=2)
     eval_samples: int = flag(100_000, "samples of every reported distance", "samples", low=8)
     save_every: int = flag(500, "updates between checkpoints", low=1)
@@ -81,6 +83,7 @@ PRESETS = {
     ("toy", "few-pairs"): {},
     ("toy", "paper"): dict(teacher_steps=100_000, teacher_lr=1e-4, teacher_decay="constant", noise_law="bins", sampler_steps=256),
     ("toy", "smoke"): dict(teacher_steps=60, teacher_batch=64, sampler_steps=8, eval_samples=800, save_every=20),
+    **{("toy-prompts", p): dict(like="toy", out="runs/toy-prompts", label_dropout=0.1) for p in ("default", "few-pairs", "paper", "smoke")},
     ("fashion-mnist", "default"): dict(out="runs/fashion-mnist", teacher_steps=6000, teacher_batch=64, teacher_lr=2e-3, teacher_ema=0.999,
                                        P_mean=-1.2, P_std=1.2, sampler_steps=18, eval_samples=10_000, save_every=250),
     ("fashion-mnist", "smoke"): dict(out="runs/fashion-mnist", teacher_size="XXS", teacher_steps=6, teacher_batch=8, sampler_steps=3, eval_samples=40, save_every=3),
@@ -110,16 +113,18 @@ def per_sample(value: Tensor) -> Tensor:
 class Precond(nn.Module):
     """D(x; sigma, label) = c_skip x + c_out F(c_in x, c_noise, label) [EDM Table 1, Eq. 7]; x [..., *shape], sigma [...].
 
-    With data of variance sigma_data^2 the network's input and its target have unit variance at every sigma."""
+    With data of variance sigma_data^2 the network's input and its target have unit variance at every sigma. With sigma_min > 0
+    the output is shifted so that D(x; sigma_min) = x exactly: a consistency model's boundary scalings (consistency.py)."""
 
-    def __init__(self, net: nn.Module, sigma_data: float = 0.5):
+    def __init__(self, net: nn.Module, sigma_data: float = 0.5, sigma_min: float = 0.0):
         super().__init__()
-        self.net, self.sigma_data = net, sigma_data
+        self.net, self.sigma_data, self.sigma_min = net, sigma_data, sigma_min
 
     def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """c_skip, c_out, c_in, c_noise at sigma."""
-        total = sigma ** 2 + self.sigma_data ** 2
-        return self.sigma_data ** 2 / total, sigma * self.sigma_data / total.sqrt(), 1 / total.sqrt(), sigma.log() / 4
+        total, above = sigma ** 2 + self.sigma_data ** 2, sigma - self.sigma_min
+        return (self.sigma_data ** 2 / (above ** 2 + self.sigma_data ** 2), above * self.sigma_data / total.sqrt(), 1 / total.sqrt(),
+                sigma.log() / 4)
 
     def forward(self, x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor:
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
@@ -206,18 +211,33 @@ def draw_sigma(draws, step: int, batch: int, flags) -> Tensor:
     return sigma.clamp(1e-4, 1e3)                                   # the weight 1 / sigma^2 of a stray draw stays bounded
 
 
-def ready(net: nn.Module, sigma_data: float, flags, device) -> Precond:
+def ready(net: nn.Module, sigma_data: float, flags, device, sigma_min: float = 0.0) -> Precond:
     """The denoiser around a network, on its device, an image network with the precision that the flags ask for."""
     if hasattr(net, "precision"):
         net.precision = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[flags.precision]
-    return Precond(net, sigma_data).to(device)
+    return Precond(net, sigma_data, sigma_min).to(device)
 
 
 def stacked(nets: list[Precond], size, facts: data.Facts, flags, device) -> Precond:
     """One stack of these stacks of one, all of this size, made `ready`."""
-    out = ready(facts.net(len(nets), size), nets[0].sigma_data, flags, device)
+    out = ready(facts.net(len(nets), size), nets[0].sigma_data, flags, device, nets[0].sigma_min)
     out.load_state_dict(common.stack_of(nets))
     return out
+
+
+def mu_teacher(flags, D, exact=None):
+    """What distillation takes for the teacher: D, or the closed form `exact` (--teacher exact), guided by --cfg.
+
+    Guidance [Ho and Salimans 2022]: D(x; none) + scale (D(x; label) - D(x; none)). Scale 1 is D itself. Only the teacher is
+    guided: students and mu_fake learn the guided distribution, and are never guided themselves."""
+    D = exact if flags.teacher == "exact" else D
+    if flags.cfg == 1:
+        return D
+
+    def guided(x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
+        free = D(x, sigma, None)
+        return free + flags.cfg * (D(x, sigma, label) - free)
+    return guided
 
 
 def compiled(flags, *denoisers: Precond) -> None:
@@ -248,7 +268,10 @@ def train(run: common.Stage, flags: Flags, source, members: list[common.Member],
             x, label = source.batch(draws, step, B, part)
             sigma = draw_sigma(draws, step, B, flags)[:, part]                                  # [M, b]
             noise = draws.normal(step, "noise", B, *facts.shape)[:, part]
-            share = denoising_loss(D, x, label, sigma, noise, facts.sigma_data).sum(-1) / B     # [M]
+            free = max(0, min(x.shape[1], round(flags.label_dropout * B) - part.start))         # the batch's first samples: no class
+            share = denoising_loss(D, x[:, free:], label[:, free:], sigma[:, free:], noise[:, free:], facts.sigma_data).sum(-1) / B     # [M]
+            if free:
+                share = share + denoising_loss(D, x[:, :free], None, sigma[:, :free], noise[:, :free], facts.sigma_data).sum(-1) / B
             share.sum().backward()
             loss += share.detach()
         loss = run.check(step, loss, names)

@@ -1,24 +1,27 @@
 """Multi-student distillation: partition the classes, run the same stages for each student, route [MSD Sec. 3, Fig. 1, Fig. 2].
 
-    Y = Y_1 + … + Y_K                                partition        disjoint, covering, of equal size [MSD Sec. 3.1]
+    Y = Y_1 + … + Y_K                                partition        disjoint, covering [MSD Sec. 3.1]; in blocks, at random, by
+                                                                      k-means or quadrants of embeddings, or from a file
     G_k = Distill(mu_teacher, F(D, Y_k))             main             [MSD Eq. 1]
     F_DM(D, Y_k) = (all of D_paired, C_{Y_k})        filter_dm        [MSD Sec. 3.2]: the KL term sees the student's own
                                                                       classes, the regression term every pair
     F_ADM(D, Y_k) = (D_real of Y_k, C_{Y_k})         filter_adm       [MSD Sec. 3.2]: GAN and KL term see Y_k alone
     TSM, then DM, then ADM                           run_stages       [MSD Eq. 4]: --stages tsm,dm,adm; without tsm: Eq. 2
+    consistency distillation instead                 run_stages       [MSD App. A.2]: --method cd
     x = G_k(z; y) with y in Y_k                      Router, generate one student answers, one evaluation
 
 The stages themselves know nothing of K: dmd.py trains any list of label sets. The toy's students of all K and all seeds train
 as one stack (one batched matmul a layer), images' students one by one or on ranks of their own; they never touch each other, and
 K = 1 here is dmd.py, bit for bit.
 
-Not here: the losses (dmd.py, tsm.py, adm.py), the teacher (edm.py), pictures (plot.py), sampling by command (sample.py).
+Not here: the losses (dmd.py, tsm.py, adm.py, consistency.py), the teacher (edm.py), pictures (plot.py), sampling by command (sample.py).
 
-Departures from the paper: none of its own; see toy_mog.py, edm.py, dmd.py, tsm.py and adm.py.
+Departures from the paper: none of its own; see toy_mog.py, edm.py, dmd.py, tsm.py, adm.py and consistency.py.
 
 Run      python msd.py --dataset toy --students 8
 Stages   python msd.py --dataset toy --students 8 --stages dm,adm
          python msd.py --dataset toy --students 8 --student-size XS --stages tsm,dm,adm
+CD       python msd.py --dataset toy --students 1 2 4 8 --method cd
 Sweep    python msd.py --dataset toy --students 1 2 4 8 --seeds 5
 Images   python msd.py --dataset fashion-mnist --students 1 5
 GPUs     torchrun --nproc-per-node 8 msd.py --dataset imagenet64 --students 4 (on each node; --student k runs one alone)
@@ -36,6 +39,7 @@ from torch import Tensor
 
 import adm
 import common
+import consistency
 import data
 import dmd
 import edm
@@ -45,20 +49,22 @@ from common import flag
 
 
 @dataclasses.dataclass
-class Flags(adm.Flags):
+class Flags(consistency.Flags):
     """What only several students need, beside the stages' flags."""
-    stages: str = flag("dm", "stages in order, such as dm,adm or tsm,dm,adm; post: the baseline of tsm.py")
+    method: str = flag("dmd", "distribution matching, or consistency distillation (which is --stages cd)", choices=("dmd", "cd"))
+    stages: str = flag("dm", "stages in order, such as dm,adm or tsm,dm,adm; post: the baseline of tsm.py; cd: consistency distillation")
     init: str = flag("", "what the first stage starts from: teacher, random, a checkpoint's path, or the students of another stage and tag "
                          "(dm, dm-TAG); none = the teacher's weights, for adm the dm stage")
     classes: str = flag("", "one specialised student, of these classes alone, such as 3,4")
     students: list[int] = flag([8], "number of students K; several numbers are compared (the toy's train as one stack)")
     student: int = flag(-1, "train only this student of each K, for a job array on a cluster; -1 = all", low=-1)
-    partition: str = flag("consecutive", "how the classes are split", "dm", ("consecutive",))
+    partition: str = flag("consecutive", "how the classes are split: consecutive, random, kmeans (of the teacher's label embeddings), quadrant (of "
+                                         "their first two entries; K = 4), or a file with one line of classes per student")
     against: str = flag("", "tag of another variant in the same run folder: compare with it, K by K")
     target_l1: float = flag(0.0, "exit with 1 if the l1 of the largest K is above this; 0 = no target", low=0)
 
 
-PRESETS = common.merge(adm.PRESETS_ALL, {
+PRESETS = common.merge(consistency.PRESETS_ALL, {
     ("fashion-mnist", "default"): dict(students=[1, 5]), ("fashion-mnist", "smoke"): dict(students=[1, 3]),
     ("cifar10", "default"): dict(students=[1, 5]), ("cifar10", "smoke"): dict(students=[2]),
     ("imagenet64", "default"): dict(students=[4]), ("imagenet64", "paper"): dict(students=[4]),
@@ -67,16 +73,106 @@ PRESETS = common.merge(adm.PRESETS_ALL, {
 
 # ------------------------------------------------------------------------------------------- the paper's idea, in full
 
+HOWS = ("consecutive", "random", "kmeans", "quadrant")
+
+
 def partition(classes: int, students: int, how: str = "consecutive", embeddings: Tensor | None = None, seed: int = 0):
     """Split classes 0..classes-1 into Y_1..Y_K: a list of K sorted index tensors, disjoint and covering [MSD Sec. 3.1].
 
-    embeddings [classes, d] and seed are for strategies that look at the conditions or draw; `consecutive` needs neither.
-    consecutive: blocks in numerical order, sizes within one of each other [MSD Sec. 4.1]. UserError if K is out of range."""
+    consecutive: blocks in numerical order, the paper's choice for ImageNet [MSD Sec. 4.1]; random: blocks of a permutation;
+    kmeans: clusters of the conditions' embeddings [classes, d], of unequal sizes [MSD App. B.1]; quadrant: signs of their first
+    two entries, the paper's rule for text [MSD Sec. 4.2], K = 4; else the path of a file: one line of classes per student.
+    Sizes differ by at most one in consecutive and random. UserError if K is out of range, a quadrant empty, a file wrong."""
     if not 1 <= students <= classes:
         raise common.UserError(f"--students {students}: from 1 to {classes}, the number of classes")
     if how == "consecutive":
         return list(torch.arange(classes).tensor_split(students))
-    raise common.UserError(f"--partition {how}: not known (one of: consecutive)")
+    if how == "random":
+        order = torch.randperm(classes, generator=common.generator(seed, "partition", students))
+        return [part.sort().values for part in order.tensor_split(students)]
+    if how == "kmeans":
+        k = kmeans(embeddings, students, seed)
+        return sorted([(k == i).nonzero()[:, 0] for i in range(students)], key=lambda part: int(part[0]))
+    if how == "quadrant":
+        if students != 4:
+            raise common.UserError(f"--partition quadrant: makes 4 students, not {students}; give --students 4")
+        k = quadrant(embeddings)
+        parts = [(k == i).nonzero()[:, 0] for i in range(4)]
+        if not all(map(len, parts)):
+            raise common.UserError(f"--partition quadrant: quadrant {next(i for i in range(4) if not len(parts[i])) + 1} of these embeddings' first two "
+                                   f"entries is empty; take kmeans or consecutive")
+        return parts
+    return read_partition(how, classes, students)
+
+
+def kmeans(points: Tensor, clusters: int, seed: int = 0, restarts: int = 8) -> Tensor:
+    """Cluster index [N] of points [N, d]: Lloyd's algorithm, the best of several starts. Does not depend on the points' order.
+
+    A start takes the farthest point in a random direction, then again and again the point farthest from those taken. A cluster
+    that runs empty is given the point farthest from its own centre, and that is said."""
+    x, best = points.double().cpu(), None
+    g = common.generator(seed, "kmeans")
+    for _ in range(restarts):
+        first = int((x @ torch.randn(x.shape[1], generator=g, dtype=x.dtype)).argmax())
+        centre = x[first:first + 1]
+        while len(centre) < clusters:
+            centre = torch.cat([centre, x[torch.cdist(x, centre).min(1).values.argmax()][None]])
+        k = torch.full((len(x),), -1)
+        while True:
+            distance = torch.cdist(x, centre)
+            new = distance.argmin(1)
+            for empty in set(range(clusters)) - set(new.tolist()):
+                own = distance.gather(1, new[:, None])[:, 0]
+                own[torch.bincount(new, minlength=clusters)[new] < 2] = -1                      # never the last of a cluster
+                print(f"kmeans: cluster {empty} ran empty; it starts again from the condition farthest from its own centre, {int(own.argmax())}")
+                new[own.argmax()] = empty
+            if torch.equal(new, k):
+                break
+            k = new
+            centre = torch.stack([x[k == i].mean(0) for i in range(clusters)])
+        spread = (x - centre[k]).square().sum().item()
+        if best is None or spread < best[0] - 1e-12:
+            best = (spread, k)
+    return best[1]
+
+
+def quadrant(embeddings: Tensor) -> Tensor:
+    """Which quadrant the first two entries of embeddings [..., d] lie in: 0 to 3, counter-clockwise [MSD Sec. 4.2]."""
+    right, up = embeddings[..., 0] >= 0, embeddings[..., 1] >= 0
+    return torch.where(up, torch.where(right, 0, 1), torch.where(right, 3, 2))
+
+
+def read_partition(path: str, classes: int, students: int):
+    """A user's partition: a text file with one line of classes per student. UserError for a class that is missing, doubled or unknown."""
+    try:
+        lines = [line.split("#")[0].replace(",", " ").split() for line in Path(path).read_text().splitlines()]
+        parts = [sorted(int(c) for c in line) for line in lines if line]
+    except (OSError, UnicodeDecodeError):
+        raise common.UserError(f"--partition {path}: no such file, and none of {', '.join(HOWS)}{common.near(path, HOWS)}") from None
+    except ValueError as error:
+        raise common.UserError(f"--partition {path}: not a class number: {str(error).split(':')[-1].strip()}; one line of classes per student") from None
+    listed = [c for part in parts for c in part]
+    wrong = [c for c in listed if not 0 <= c < classes]
+    if wrong:
+        raise common.UserError(f"--partition {path}: class {wrong[0]} is not one of 0 to {classes - 1}")
+    doubled = [c for c in listed if listed.count(c) > 1]
+    missing = sorted(set(range(classes)) - set(listed))
+    if doubled or missing:
+        raise common.UserError(f"--partition {path}: class {doubled[0] if doubled else missing[0]} is {'listed twice' if doubled else 'missing'}; "
+                               f"every class of 0 to {classes - 1} belongs to exactly one student")
+    if len(parts) != students:
+        raise common.UserError(f"--partition {path}: {len(parts)} students (lines), but --students {students}")
+    return [torch.tensor(part) for part in parts]
+
+
+def distances(parts: list[Tensor], embeddings: Tensor) -> tuple[float, float]:
+    """Mean distance of two different conditions of one part, and of two parts, by embeddings [classes, d]. nan where there are none."""
+    k = torch.empty(len(embeddings), dtype=torch.int64)
+    for i, part in enumerate(parts):
+        k[part] = i
+    d, same = torch.cdist(embeddings.double().cpu(), embeddings.double().cpu()), k[:, None] == k
+    other = ~torch.eye(len(k), dtype=torch.bool)
+    return d[same & other].mean().item(), d[~same].mean().item()
 
 
 def filter_dm(pair_label: Tensor, classes_k: Tensor, filter_pairs: bool = False) -> tuple[Tensor, Tensor]:
@@ -105,12 +201,23 @@ def filter_adm(real_label: Tensor, classes_k: Tensor) -> tuple[Tensor, Tensor]:
 class Router:
     """Which student answers? label [...] -> student index [...], by table look-up. UserError for an unknown label.
 
-    classes: how many there are, if the parts do not cover them (one specialised student)."""
+    classes: how many there are, if the parts do not cover them (one specialised student). embeddings [classes, d]: the conditions',
+    for `unseen`; quadrants: were they split so?"""
 
-    def __init__(self, parts: list[Tensor], classes: int = 0):
+    def __init__(self, parts: list[Tensor], classes: int = 0, embeddings: Tensor | None = None, quadrants: bool = False):
         self.table = torch.full((classes or sum(len(p) for p in parts),), -1)
         for k, part in enumerate(parts):
             self.table[part] = k
+        self.quadrants = quadrants
+        self.centroids = None if embeddings is None else torch.stack([embeddings[part].mean(0) for part in parts])
+
+    def unseen(self, embedding: Tensor) -> Tensor:
+        """Student index [...] for embeddings [..., d] that are none of the table's: by quadrant, or the nearest part's centroid."""
+        if self.quadrants:
+            return quadrant(embedding)
+        if self.centroids is None:
+            raise common.UserError("this router knows no embeddings; make it with Router(parts, embeddings=E)")
+        return torch.cdist(embedding.reshape(-1, embedding.shape[-1]), self.centroids.to(embedding)).argmin(-1).reshape(embedding.shape[:-1])
 
     def __call__(self, label: Tensor) -> Tensor:
         if label.numel() and not (0 <= int(label.min()) and int(label.max()) < len(self.table)):
@@ -181,10 +288,10 @@ class Students:
 
 def _read_students(path: Path, flags=None) -> tuple[dict, edm.Precond]:
     saved, G = dmd.read_students(path)
-    return saved, edm.ready(G.net, G.sigma_data, flags, "cpu").requires_grad_(False) if flags else G
+    return saved, edm.ready(G.net, G.sigma_data, flags, "cpu", G.sigma_min).requires_grad_(False) if flags else G
 
 
-ONE_STEP = ("post", "dm", "adm")                                    # stages that leave one-step generators; the last one there is, is served
+ONE_STEP = ("post", "cd", "dm", "adm")                                    # stages that leave one-step generators; the last one there is, is served
 
 
 def load_students(folder, name: str = "best.pt", flags=None) -> Students:
@@ -241,7 +348,7 @@ def sampled(students: Students, z: Tensor, label: Tensor, chunk: int, device) ->
 
 
 @torch.no_grad()
-def evaluate(flags: Flags, inputs: dmd.Inputs, device) -> dict:
+def evaluate(flags: Flags, inputs: dmd.Inputs, parts: dict, device) -> dict:
     """Sample every student set of the run's one-step stages, measure it against the teacher and the data: results.json."""
     facts, seeds, judge, m = data.facts(flags.dataset, flags.resolution), edm.seeds(flags), inputs.judge, data.DATASETS[flags.dataset].metric
     own = classes_of(flags, facts)                                  # --classes: everything is measured on these
@@ -292,6 +399,7 @@ def evaluate(flags: Flags, inputs: dmd.Inputs, device) -> dict:
             out[f"{name}_sd"] = torch.tensor([p[name] for p in per_seed], dtype=torch.float64).std().item() if len(per_seed) > 1 else None
         return {**out, "per_seed": per_seed}
 
+    bounds = [cd_bound(flags, inputs, seed, device) for seed in seeds] if "cd" in stages else []
     by_stage = {stage: {K: summary(r) for K, r in of_k.items()} for stage, of_k in rows.items()}
     with torch.device("meta" if not facts.stacked else "cpu"):
         count = sum(p.numel() for p in facts.net(1, size_of(flags, inputs)).parameters())
@@ -300,7 +408,38 @@ def evaluate(flags: Flags, inputs: dmd.Inputs, device) -> dict:
                         "evaluations": 2 * flags.sampler_steps - 1},
             "size": flags.student_size or flags.teacher_size or facts.sizes[0], "parameters": count, "classes_of_data": facts.classes,
             "students": by_stage[stages[-1]], "stages": by_stage,
+            **({"bound": {**{k: mean([b[k] for b in bounds]) for k in bounds[0]}, "points": flags.cd_points, "per_seed": bounds}} if bounds else {}),
+            "partition": {str(K): split_of(flags, inputs, parts, K) for K in flags.students} if not own else {},
             **({"classes": own} if own else {}), **({"general": summary(general)} if len(general) == len(seeds) else {})}
+
+
+def cd_bound(flags: Flags, inputs: dmd.Inputs, seed: int, device) -> dict:
+    """What CD can reach at best: the distance of the N-point Heun sampler's own samples, from the reported latents. Made once and kept."""
+    path = Path(flags.out) / f"seed{seed}" / "reference" / f"bound-{flags.cd_points}.json"
+    if not path.exists():
+        facts, judge, m = data.facts(flags.dataset, flags.resolution), inputs.judge, data.DATASETS[flags.dataset].metric
+        label = data.stratified(flags.eval_samples, facts.classes)
+        z = torch.randn(flags.eval_samples, *facts.shape, generator=common.generator(seed, "report z"))
+        denoise = edm.mu_teacher(flags, inputs.teachers[edm.seeds(flags).index(seed)], facts.exact)
+        chunks = list(zip(z.split(facts.chunk), label.split(facts.chunk)))
+        x = torch.cat([consistency.bound(denoise, a[None].to(device), b[None].to(device), flags.cd_points)[0].cpu()
+                       for a, b in common.bar(chunks, f"{flags.cd_points}-point sampler", len(chunks), flags.quiet)])
+        mine = judge.statistics(x, label)
+        common.save_json(path, {m: judge.distance(mine, inputs.references[seed]["report"]), f"{m}_data": judge.distance(mine, inputs.references[seed]["real"])})
+    return common.load_json(path)
+
+
+def split_of(flags: Flags, inputs: dmd.Inputs, parts: dict, K: int) -> dict:
+    """How alike are the conditions of one student? Per seed: sizes, and mean distances of the embeddings within and between students."""
+    found = [distances(parts[seed, K], embeddings_of(flags, D)) for seed, D in zip(edm.seeds(flags), inputs.teachers)]
+    return {"how": flags.partition, "sizes": [[len(p) for p in parts[seed, K]] for seed in edm.seeds(flags)],
+            **{name: [f[i] if f[i] == f[i] else None for f in found] for i, name in enumerate(("within", "between"))}}
+
+
+def embeddings_of(flags: Flags, D: edm.Precond) -> Tensor:
+    """The conditions' embeddings [classes, d]: the dataset's fixed table, or the label embeddings of the teacher's network."""
+    facts = data.facts(flags.dataset, flags.resolution)
+    return facts.embeddings() if facts.embeddings else D.net.label_embeddings().cpu()
 
 
 def size_of(flags: Flags, inputs: dmd.Inputs):
@@ -313,9 +452,10 @@ def results_config(flags: Flags, seed: int, stage: str) -> dict:
     before = flags.stages.split(",")[:flags.stages.split(",").index(stage)]
     begin = before[-1] + common.suffix(flags.tag) if before else flags.init or ("dm" + common.suffix(flags.tag) if stage == "adm" else "")
     out = {**dmd.ancestry(flags, seed), "size": flags.student_size, "begin": begin, "sampler_steps": flags.sampler_steps, "weight_decay": flags.weight_decay}
-    for name in {"dm": ("pairs", "dm"), "adm": ("adm", "real"), "post": ("post",)}[stage]:
+    for name in {"dm": ("pairs", "dm"), "adm": ("adm", "real"), "post": ("post",), "cd": ("cd", "real")}[stage]:
         out |= common.stage_config(flags, name)
-    return out | ({n: getattr(flags, n) for n in adm.SHARED} if stage == "adm" else {n: getattr(flags, n) for n in tsm.POST_SHARED} if stage == "post" else {})
+    out |= {"partition": flags.partition} if stage == "dm" or flags.partition != "consecutive" else {}
+    return out | {n: getattr(flags, n) for n in {"dm": (), "adm": adm.SHARED, "post": tsm.POST_SHARED, "cd": consistency.SHARED}[stage]}
 
 
 def general_folder(flags: Flags, facts: data.Facts, seed: int, stage: str) -> Path | None:
@@ -343,6 +483,8 @@ def table(results: dict) -> str:
     shown = {k: c for k, c in COLUMNS.items() if k in t}
     head = [("", ""), (m + " to", "teacher"), ("", "± sd"), (m + " to", "data"), ("", "± sd"), *[c[:2] for c in shown.values()], ("train", "s")]
     rows = [["teacher", f"{results['floor']:.4f}*", "", f"{t[m + '_data']:.4f}", "", *[f"{t[k]:{c[2]}}" for k, c in shown.items()], ""]]
+    if "bound" in results:
+        rows.append([f"{results['bound']['points']}-point Heun", f"{results['bound'][m]:.4f}", "", f"{results['bound'][m + '_data']:.4f}", "", *[""] * len(shown), ""])
     lines_of = {(int(K), stage): r for stage, of_k in results["stages"].items() for K, r in of_k.items()}
     if "general" in results:
         lines_of[1, "general"] = results["general"]
@@ -405,6 +547,9 @@ def estimate(flags: Flags, device) -> float:
         kl = flags.steps - dmd.first_kl_step(flags)
         total += flags.steps * turn * G * (flags.reg_weight > 0) + kl * (turn * G + 2 * flags.draws * mu + flags.ttur * (turn * mu + G))
         total += (kl > 0) * flags.fake_warmup * turn * mu
+    if "cd" in stages:                                              # the teacher twice, the target once
+        total += flags.cd_steps * ((turn + 1) * all_students(flags.cd_batch, flags.student_size) + 2 * all_students(flags.cd_batch))
+        total += 2 * flags.cd_points * flags.eval_samples / facts.chunk * forward(1, facts.chunk) * flags.seeds
     if "adm" in stages:                                             # the head sees the encoder's half: once for G, twice for the critic
         G, mu, gan = all_students(flags.adm_batch, flags.student_size), all_students(flags.adm_batch), flags.gan_weight > 0
         total += flags.adm_steps * (turn * G + (2 * flags.draws + 2 * gan) * mu)
@@ -432,11 +577,11 @@ def memory(flags: Flags, student: int, teacher: int, head: int) -> str:
 
 def batches(flags: Flags) -> list[tuple[str, int]]:
     """Of each stage of this run: its batch flag, and the batch."""
-    of_stage = {"tsm": "tsm_batch", "dm": "batch", "adm": "adm_batch", "post": "batch"}
+    of_stage = {"tsm": "tsm_batch", "dm": "batch", "adm": "adm_batch", "post": "batch", "cd": "cd_batch"}
     return [(common.option(of_stage[s]), getattr(flags, of_stage[s])) for s in flags.stages.split(",")]
 
 
-def dry_run(flags: Flags, facts: data.Facts, parts: dict) -> None:
+def dry_run(flags: Flags, facts: data.Facts) -> None:
     """Every value with its source, parameters, memory, and which rank trains what: without data, weights or allocation."""
     with torch.device("meta" if not facts.stacked else "cpu"):
         net = facts.net(1, flags.teacher_size)
@@ -444,16 +589,16 @@ def dry_run(flags: Flags, facts: data.Facts, parts: dict) -> None:
         head = sum(p.numel() for p in adm.Head(net.bottleneck, [0]).parameters()) if "adm" in flags.stages else 0
         count = sum(p.numel() for p in facts.net(1, flags.student_size or flags.teacher_size).parameters())
     print(common.describe(flags))
-    print(f"parameters: {count:,} a network; " + "; ".join(f"K = {K}: {K * count:,}, of which a sample uses {count:,}" for K in parts)
+    print(f"parameters: {count:,} a network; " + "; ".join(f"K = {K}: {K * count:,}, of which a sample uses {count:,}" for K in flags.students)
           + (f"; teacher and fake denoiser: {teacher:,}" if count != teacher else ""))
     print(memory(flags, count, teacher, head))
     if flags.reg_weight > 0:
         size = flags.pairs * math.prod(facts.shape) * (4 if facts.stacked else 2)
         print(f"pairs: {flags.pairs:,} times {(2 * flags.sampler_steps - 1)} evaluations of the teacher, {size / 2 ** 20:,.0f} MiB on disk, "
               f"shared by all students")
-    worlds = sorted({1, int(os.environ.get("WORLD_SIZE", 1))} | ({2, 4 * max(parts)} if not facts.stacked else set()))
+    worlds = sorted({1, int(os.environ.get("WORLD_SIZE", 1))} | ({2, 4 * max(flags.students)} if not facts.stacked else set()))
     batch = batches(flags)[-1][1]                                   # of the last stage
-    for K in parts:
+    for K in flags.students:
         for world in worlds:
             what = "; ".join(rank_map(K, world)) if not facts.stacked else f"one stack of {K} students, its batch shared by all ranks"
             each = batch // max(1, world // K) if not facts.stacked else batch // world
@@ -462,15 +607,19 @@ def dry_run(flags: Flags, facts: data.Facts, parts: dict) -> None:
 
 # -------------------------------------------------------------------------------------------------- stages in their order
 
-ORDERS = ("tsm", "dm", "adm", "tsm,dm", "tsm,adm", "dm,adm", "tsm,dm,adm", "post", "tsm,post")
+ORDERS = ("tsm", "dm", "adm", "tsm,dm", "tsm,adm", "dm,adm", "tsm,dm,adm", "post", "tsm,post", "cd", "tsm,cd")
 
 
 def check_stages(flags: Flags, facts: data.Facts) -> None:
     """--stages, --student-size, --init and --classes together; tidies them. UserError for what cannot be."""
     flags.stages = ",".join(s.strip() for s in flags.stages.split(","))
+    if flags.method == "cd" and "cd" not in flags.stages:
+        if flags.source["stages"] == "flag" and flags.stages != "dm":
+            raise common.UserError(f"--method cd: consistency distillation is one stage of its own; leave out --stages {flags.stages}")
+        flags.stages = "cd"
     if flags.stages not in ORDERS:
         unknown = [s for s in flags.stages.split(",") if s not in ("tsm", *ONE_STEP)]
-        raise common.UserError(f"--stages {flags.stages}: " + (f"{unknown[0] or 'nothing'} is no stage (tsm, dm, adm, post)" if unknown else
+        raise common.UserError(f"--stages {flags.stages}: " + (f"{unknown[0] or 'nothing'} is no stage (tsm, dm, adm, post, cd)" if unknown else
                                f"not in this order; one of {'; '.join(ORDERS)}"))
     if flags.student_size == facts.sizes[0] and not flags.teacher_size:
         flags.student_size = ""                                     # the teacher's own
@@ -485,14 +634,16 @@ def check_stages(flags: Flags, facts: data.Facts) -> None:
         raise common.UserError(f"--init {flags.init}: TSM starts from random weights; leave the flag out, or tsm")
     if small and flags.init == "teacher":
         raise common.UserError(f"--init teacher: its weights do not fit students of size {flags.student_size}; give --stages tsm,{flags.stages}")
-    if small and not flags.init and first == "dm":
+    if small and not flags.init and first in ("dm", "cd"):
         raise common.UserError(f"--student-size {flags.student_size}: the teacher's weights do not fit; give --stages tsm,{flags.stages} (or "
                                f"--init random, which App. B.6 advises against)")
     if flags.classes:
         if flags.source["students"] == "flag" and flags.students != [1]:
             raise common.UserError("--classes: one specialised student; leave --students out")
         flags.students = [1]
-    flags.tag = flags.tag or "-".join(filter(None, [default_tag(flags, facts, flags.classes), "post" if stages[-1] == "post" else ""]))
+    if "cd" in stages:
+        consistency.check_flags(flags)
+    flags.tag = flags.tag or "-".join(filter(None, [default_tag(flags, facts, flags.classes), stages[-1] if stages[-1] in ("post", "cd") else ""]))
 
 
 def classes_of(flags: Flags, facts: data.Facts) -> list[int] | None:
@@ -509,15 +660,16 @@ def classes_of(flags: Flags, facts: data.Facts) -> list[int] | None:
 
 
 def default_tag(flags: Flags, facts: data.Facts, classes: str) -> str:
-    """Without --tag: smaller students and specialised ones have folders of their own."""
+    """Without --tag: smaller students, specialised ones and other partitions have folders of their own."""
     own = classes_of(flags, facts) if classes else None
-    return "-".join(([flags.student_size] if flags.student_size else []) + ([f"classes{'_'.join(map(str, own))}"] if own else []))
+    how = "" if flags.partition == "consecutive" else "".join(c for c in Path(flags.partition).stem if c.isalnum() or c in "_-")[:40] or "file"
+    return "-".join(filter(None, [flags.student_size, f"classes{'_'.join(map(str, own))}" if own else "", how]))
 
 
 def first_start(flags: Flags, facts: data.Facts, m: common.Member, teacher) -> dmd.Start:
     """What the first stage of member m starts from; teacher: whose weights, if it is the teacher. UserError if it is not there."""
     first = flags.stages.split(",")[0]
-    init = flags.init or {"tsm": "random", "dm": "teacher", "adm": "dm" + common.suffix(flags.tag),
+    init = flags.init or {"tsm": "random", "dm": "teacher", "cd": "teacher", "adm": "dm" + common.suffix(flags.tag),
                           "post": "random" if flags.student_size else "teacher"}[first]
     size = flags.student_size or (teacher.size if teacher else flags.teacher_size or facts.sizes[0])
     if init == "teacher":
@@ -536,7 +688,7 @@ def first_start(flags: Flags, facts: data.Facts, m: common.Member, teacher) -> d
     elif stage in ONE_STEP:
         start = dmd.start_from(dmd.stage_folder(flags, m.seed, m.students, stage, tag), "best.pt", m.student)
     else:
-        raise common.UserError(f"--init {init}: no such file, and none of teacher, random, tsm, dm, adm, post (with -TAG)")
+        raise common.UserError(f"--init {init}: no such file, and none of teacher, random, tsm, dm, adm, post, cd (with -TAG)")
     if start.size != size and (teacher or flags.teacher in ("train", "exact")):                 # the size of a teacher's file is not known yet
         raise common.UserError(f"--init {init}: students of size {start.size}, not {size}; give --student-size {start.size}, or another --init")
     return start
@@ -567,18 +719,20 @@ def run_stages(flags: Flags, members: list, pair_index: list, inputs: dmd.Inputs
     facts, seeds = data.facts(flags.dataset, flags.resolution), edm.seeds(flags)
     real = adm.real_data(flags, inputs, source)
     starts = [first_start(flags, facts, m, inputs.teachers[seeds.index(m.seed)]) for m in members]
-    if "adm" in flags.stages and not (facts.stacked and flags.real == "data"):
+    if ("adm" in flags.stages or "cd" in flags.stages) and not (facts.stacked and flags.real == "data"):
         label = real().label                                        # are there data of every student's classes?
         for m in members:
             filter_adm(label if label.ndim == 1 else label[seeds.index(m.seed)], torch.tensor(m.classes))
     for stage in flags.stages.split(","):
         if stage == "tsm":
-            denoisers = [facts.exact] * len(seeds) if flags.teacher == "exact" else inputs.teachers
+            denoisers = [facts.exact] * len(seeds) if flags.teacher == "exact" else inputs.teachers    # tsm.py guides them
             with common.alone(Path(flags.out), ranks) if flags.tsm_common else contextlib.nullcontext():    # jobs of an array share it
                 starts = tsm.distil(flags, members, size_of(flags, inputs), denoisers, real, device, ranks)
             continue
         if stage == "dm":
             dmd.distil(flags, members, pair_index, starts, inputs, device, ranks)
+        elif stage == "cd":
+            consistency.distil(flags, members, starts, inputs, real, device, ranks)
         elif stage == "adm":
             adm.distil(flags, members, pair_index, starts, inputs, real, device, ranks)
         else:
@@ -601,13 +755,19 @@ def main(argv=None):
     check_stages(flags, facts)
     flags.students = sorted(set(flags.students))
     own = classes_of(flags, facts)
-    parts = {1: [torch.tensor(own)]} if own else {K: partition(facts.classes, K, flags.partition) for K in flags.students}
+    if own and flags.partition != "consecutive":
+        raise common.UserError("--classes: one specialised student; leave --partition out")
+    parts = None if flags.partition in ("kmeans", "quadrant") and not facts.embeddings and not own else parts_of(flags, facts, own)
+    for K in flags.students:                                        # is it in range? Before anything is trained
+        partition(facts.classes, K)
+        if flags.partition == "quadrant":
+            partition(facts.classes, K, "quadrant", torch.tensor([[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]]))
     if flags.student >= max(flags.students) or (flags.student >= 0 and facts.stacked):
         raise common.UserError(f"--student {flags.student}: " + ("the toy's students train as one stack; leave the flag out" if facts.stacked
                                                                  else f"from 0 to {max(flags.students) - 1}, or leave the flag out for all"))
     if flags.dry_run:
         print_plan(flags, parts, "")
-        dry_run(flags, facts, parts)
+        dry_run(flags, facts)
         return 0
     if flags.teacher not in ("train", "exact") and not Path(flags.teacher).is_file():
         raise common.UserError(f"--teacher {flags.teacher}: no such file" + (
@@ -620,15 +780,21 @@ def main(argv=None):
         print_plan(flags, parts, f", on {device} ({torch.get_num_threads()} threads, {ranks.size} rank{'s' * (ranks.size > 1)}), about "
                    f"{f'{seconds / 60:.0f} min' if seconds > 90 else f'{seconds:.0f} s'} from nothing on one rank")
     theirs = read_against(flags) if flags.against else None
-    members = [common.Member(seed, K, k, tuple(classes_k.tolist())) for seed in edm.seeds(flags) for K, part in parts.items()
-               for k, classes_k in enumerate(part) if flags.student in (-1, k)]
-    for m in members:                                               # is what they start from there? Hours later is too late
+    for m in [common.Member(seed, K, k, ()) for seed in edm.seeds(flags) for K in flags.students for k in range(K)]:
+        if flags.student not in (-1, m.student):                    # is what they start from there? Hours later is too late
+            continue
         first_start(flags, facts, m, None)
         if flags.stages.endswith("post"):
             dmd.start_from(dmd.stage_folder(flags, m.seed, m.students, flags.post_of, ""), "best.pt", m.student)
     source = data.opened(flags, ranks)
     with common.alone(Path(flags.out), ranks):
         inputs = dmd.get_inputs(flags, device, ranks, weights_of_exact if flags.teacher == "exact" else edm.get_teachers)
+    if parts is None:
+        parts = parts_of(flags, facts, own, inputs)
+    if ranks.rank == 0 and not own:
+        print_parts(flags, inputs, parts)
+    members = [common.Member(seed, K, k, tuple(classes_k.tolist())) for (seed, K), part in parts.items()
+               for k, classes_k in enumerate(part) if flags.student in (-1, k)]
     pair_index = [filter_dm(inputs.pairs["label"][edm.seeds(flags).index(m.seed)], torch.tensor(m.classes), flags.filter_pairs)[1] for m in members]
     run_stages(flags, members, pair_index, inputs, source, device, ranks)
     code = 0
@@ -638,7 +804,7 @@ def main(argv=None):
     elif flags.student >= 0 and ranks.rank == 0:
         print(f"student {flags.student} is trained; when all are, the same command without --student evaluates them")
     elif ranks.rank == 0:
-        code = report(flags, evaluate(flags, inputs, device), theirs)
+        code = report(flags, evaluate(flags, inputs, parts, device), theirs)
     common.leave(ranks)
     return code
 
@@ -656,18 +822,44 @@ def weights_of_exact(flags: Flags, source, device, ranks) -> list[edm.Precond]:
     return [edm.ready_teacher(D, flags, device) for _ in edm.seeds(flags)]
 
 
-def print_plan(flags: Flags, parts: dict, where: str) -> None:
+def parts_of(flags: Flags, facts: data.Facts, own: list[int] | None, inputs: dmd.Inputs | None = None) -> dict:
+    """{(seed, K): Y_1 … Y_K}. inputs: for the teacher's embeddings, where the partition looks at them."""
+    if own:
+        return {(seed, 1): [torch.tensor(own)] for seed in edm.seeds(flags)}
+    E = [embeddings_of(flags, D) for D in inputs.teachers] if inputs else [facts.embeddings() if facts.embeddings else None] * flags.seeds
+    return {(seed, K): partition(facts.classes, K, flags.partition, e, seed) for seed, e in zip(edm.seeds(flags), E) for K in flags.students}
+
+
+def shown(part: list[Tensor]) -> str:
+    """A partition in a line: classes 0 1 2 | 3 4 5 (sizes 3, 3)."""
+    texts = [" ".join(map(str, p.tolist())) if len(p) <= 12 else f"{p[0]}-{p[-1]}" if int(p[-1] - p[0]) == len(p) - 1 else f"{p[0]} {p[1]} … {p[-1]}" for p in part]
+    sizes = [str(len(p)) for p in part]
+    if len(part) > 16:
+        texts, sizes = [*texts[:8], "…", texts[-1]], sorted(set(sizes), reverse=True)
+    return "classes " + " | ".join(texts) + f"   (sizes {', '.join(sizes)})"
+
+
+def print_parts(flags: Flags, inputs: dmd.Inputs, parts: dict) -> None:
+    """Of every seed whose partition is its own: which student has which classes; and how alike the classes of one student are."""
+    for K in flags.students:
+        split = split_of(flags, inputs, parts, K)
+        for i, seed in enumerate(edm.seeds(flags)):
+            if flags.partition in ("random", "kmeans") and K > 1:
+                print(f"  K = {K}, seed {seed}, {flags.partition}: {shown(parts[seed, K])}")
+        if K > 1:
+            mean = {n: [v for v in split[n] if v is not None] for n in ("within", "between")}
+            print(f"  K = {K}, {Path(flags.partition).name}: mean distance of two conditions' embeddings "
+                  + ", ".join(f"{sum(v) / len(v):.2f} {n} students" if v else f"none {n} students (one class each)" for n, v in mean.items()))
+
+
+def print_plan(flags: Flags, parts: dict | None, where: str) -> None:
     """What is going to happen, and which student gets which classes."""
-    steps = {"tsm": flags.tsm_steps, "dm": flags.steps, "adm": flags.adm_steps, "post": tsm.post_steps(flags)}
+    steps = {"tsm": flags.tsm_steps, "dm": flags.steps, "adm": flags.adm_steps, "post": tsm.post_steps(flags), "cd": flags.cd_steps}
     print(f"msd: {flags.dataset}, K = {', '.join(map(str, flags.students))}, {flags.seeds} seed(s), "
           + ", then ".join(f"{s}: {steps[s]} updates of batch {b}" for s, (_, b) in zip(flags.stages.split(","), batches(flags)))
           + (f", size {flags.student_size}" if flags.student_size else "") + f"{where}, into {flags.out}", flush=True)
-    for K, part in parts.items():
-        shown = [" ".join(map(str, p.tolist())) if len(p) <= 12 else f"{p[0]}-{p[-1]}" for p in part]
-        sizes = [str(len(p)) for p in part]
-        if K > 16:
-            shown, sizes = [*shown[:8], "…", shown[-1]], sorted(set(sizes), reverse=True)
-        print(f"  K = {K}: classes " + " | ".join(shown) + f"   (sizes {', '.join(sizes)})")
+    for K in flags.students:
+        print(f"  K = {K}: " + (shown(parts[flags.seed, K]) if parts else f"by {flags.partition} of the teacher's embeddings, once it is there"))
 
 
 def check_ranks(flags: Flags, facts: data.Facts, ranks: common.Ranks) -> None:
@@ -728,8 +920,9 @@ def verdicts(flags: Flags, results: dict, theirs: dict | None) -> list[str]:
     """What this run's numbers say: K against K, against another variant, stage against stage, against the teacher."""
     rows, m, stages = results["students"], results["metric"], flags.stages.split(",")
     ks, of_data, lines = [str(K) for K in flags.students], f"{results['metric']}_data", []
-    for name in [m] if m == "l1" and stages[-1] == "dm" else [of_data, m]:                      # where real data enter, they are the reference
-        what = "" if m == "l1" and stages[-1] == "dm" else ", to the teacher" if name == m else ", to the data"
+    to_teacher = m == "l1" and stages[-1] in ("dm", "cd")
+    for name in [m] if to_teacher else [of_data, m]:                # where a stage judges by real data, they are the reference
+        what = "" if to_teacher else ", to the teacher" if name == m else ", to the data"
         if len(ks) > 1:
             lines += ["", comparison(f"K = {ks[-1]} below K = {ks[0]}{what}?", rows[ks[-1]], rows[ks[0]], name)]
         for stage in (s for s in stages if s in ONE_STEP and theirs):                           # stage by stage where both have it, else last by last
@@ -741,7 +934,9 @@ def verdicts(flags: Flags, results: dict, theirs: dict | None) -> list[str]:
             mine, yours = ("", "") if stage == other == "dm" and len(stages) == 1 else (f" ({stage})", f" ({other})")
             lines += [comparison(f"K = {K}{what}, {flags.tag or 'this'}{mine} below {flags.against}{yours}?", results["stages"][stage][K], of_k[other][K], name)
                       for K in ks if K in of_k[other]]
-    for K in ks if stages[-1] != "dm" else ():
+    if "bound" in results:
+        lines.append(f"K = {ks[-1]}: {rows[ks[-1]][m] - results['bound'][m]:.4f} above the {results['bound']['points']}-point Heun sampler's own {m}, CD's bound")
+    for K in ks if stages[-1] not in ("dm", "cd") else ():
         lines.append("")
         if "dm" in stages:
             before, after = (results["stages"][s][K][of_data] for s in ("dm", "adm"))

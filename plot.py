@@ -103,7 +103,7 @@ def l1_against_k(results: dict) -> plt.Figure:
     fig, ax = plt.subplots(figsize=(5.2, 3.8))
     ks = sorted(map(int, results["students"]))
     rows = [results["students"][str(k)] for k in ks]
-    x, m = np.arange(len(ks)), "l1" if _last(results) == "dm" else "l1_data"
+    x, m = np.arange(len(ks)), "l1" if _last(results) in ("dm", "cd") else "l1_data"
     ax.bar(x, [r[m] for r in rows], width=0.6, color="#9ecae1", label="mean over seeds, pooled over classes")
     for i, r in enumerate(rows):
         ax.plot([i] * len(r["per_seed"]), [p[m] for p in r["per_seed"]], "o", ms=4, color="#08306b",
@@ -111,6 +111,8 @@ def l1_against_k(results: dict) -> plt.Figure:
         ax.annotate(f"{r[m]:.3f}", (i, r[m] / 2), ha="center", color="#08306b")
     low, name = (results["floor"], "floor: two draws of the teacher") if m == "l1" else (results["teacher"][m], "the teacher")
     ax.axhline(low, ls="--", color="#d94801", label=f"{name}, {low:.3f}")
+    if "bound" in results:
+        ax.axhline(results["bound"]["l1"], ls=":", color="k", label=f"{results['bound']['points']}-point Heun sampler, {results['bound']['l1']:.3f}")
     reference = "teacher" if m == "l1" else "data"
     ax.set(xticks=x, xticklabels=ks, xlabel="number of students K", ylabel=f"$\\ell_1$ to the {reference} (0 to 1)",
            title="More students, better samples?" if len(ks) > 1 else f"Distance to the {reference}")
@@ -384,7 +386,9 @@ def draw(out, tag: str = "") -> list[Path]:
     name = "$\\ell_1$" if results["metric"] == "l1" else results["title"]
     if stage_folders("dm") and "dm" in results.get("stages", {"dm": 0}):
         figures["training"] = training(stage_folders("dm"), results["metric"], f"{name} to the {'teacher' if results['metric'] == 'l1' else 'data'}")
-    if _last(results) != "dm":
+    if stage_folders("cd") and "cd" in results["stages"]:
+        figures["training"] = training(stage_folders("cd"), results["metric"], f"{name} to the {'teacher' if results['metric'] == 'l1' else 'data'}")
+    if _last(results) not in ("dm", "cd"):
         figures["stages"] = stages(results)
     if "adm" in results.get("stages", {}) and stage_folders("adm"):
         figures["gan"] = gan(stage_folders("adm"), f"{results['metric']}_data", f"{name} to the data")

@@ -7,6 +7,7 @@ a lesson, a teacher (`--teacher exact`) and the oracle of the tests.
 What is here                                                    source
   sample, log_density, score, denoiser                          [MSD App. D.1], Tweedie's formula [EDM Eq. 3]
   ToyNet: the small MLP, many students in one stack             [MSD App. A.2] says only "a simple MLP"
+  prompts: the same classes, asked for by embeddings            a first step towards text, without a text encoder
   histogram, l1, coverage: how good are these samples?          [MSD App. D.1]
 
 Shapes: `...` stands for any leading dimensions: [B], or [K, B] for K stacked students.
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+PROMPTS, PROMPT_SIZE = 32, 8               # toy-prompts: conditions, and the length of their embeddings
 CLASSES, MODES = 8, 8                      # classes on the outer circle, Gaussians on each inner circle
 OUTER, INNER, STD = 0.5, 0.1, 0.005        # radii of the two circles, std of one Gaussian
 EXTENT, BINS = 0.75, 200                   # the histogram covers [-EXTENT, EXTENT]^2 with BINS x BINS bins
@@ -76,8 +78,27 @@ def score(x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor:
     return ((log_w.softmax(-1)[..., None] * m).sum(-2) - x) / (STD ** 2 + sigma ** 2)[..., None]
 
 
+def prompts() -> Tensor:
+    """The fixed embeddings E [PROMPTS, PROMPT_SIZE] of toy-prompts: 32 wordings of the 8 classes, in no helpful order.
+
+    The first two entries point, roughly, to where the class lies, as a text embedding's directions mean something; the others
+    are a word of the class's own; every wording differs a little."""
+    g = torch.Generator().manual_seed(0)
+    word = 0.5 * torch.randn(CLASSES, PROMPT_SIZE, generator=g)
+    angle = 2 * math.pi * (torch.arange(CLASSES) + 0.5) / CLASSES
+    word[:, :2] = torch.stack([angle.cos(), angle.sin()], -1)
+    return word[prompt_class(torch.arange(PROMPTS))] + 0.1 * torch.randn(PROMPTS, PROMPT_SIZE, generator=g)
+
+
+def prompt_class(label: Tensor) -> Tensor:
+    """The class [...] that each prompt label [...] asks for."""
+    return label % CLASSES
+
+
 class ToyNet(nn.Module):
     """The toy's network F(x, c_noise, label) -> [..., 2]: `students` MLPs side by side, one batched matmul a layer.
+
+    embeddings: fixed rows E [classes, d] that label picks from, through a learned layer, in the place of a learned table.
 
     Every parameter has a leading student dimension K; x is [K, B, 2], c_noise [K, B], label [K, B] (None: no class).
     Student k's output depends on student k's weights and rows alone.
@@ -89,7 +110,8 @@ class ToyNet(nn.Module):
     `features=True` also returns a middle layer [K, B, width], the bottleneck; "only": it alone, without what follows."""
     LOWEST, HIGHEST, CUTOFF, SIGMA_DATA = 0.5, 60.0, 48.0, 0.5
 
-    def __init__(self, students: int = 1, width: int = 64, depth: int = 2, classes: int = CLASSES, seed: int = 0):
+    def __init__(self, students: int = 1, width: int = 64, depth: int = 2, classes: int = CLASSES, seed: int = 0,
+                 embeddings: Tensor | None = None):
         super().__init__()
         self.students, self.width, self.depth, self.classes, self.bottleneck = students, width, depth, classes, (width,)
         g = torch.Generator().manual_seed(seed)
@@ -106,7 +128,9 @@ class ToyNet(nn.Module):
         self.register_buffer("frequency", frequency, persistent=False)                          # [waves], |w| at the start
         self.register_buffer("octaves", math.pi / 16 * 2.0 ** torch.arange(octaves), persistent=False)
         self.w_noise = normal(2 * octaves, embed, std=octaves ** -0.5)
-        self.table = normal(classes, embed, std=1.0)                # the class embedding
+        self.register_buffer("E", embeddings, persistent=False)
+        rows = classes if embeddings is None else embeddings.shape[1]
+        self.table = normal(rows, embed, std=1.0)                   # the class embedding, or the layer that E[label] goes through
         self.b_embed = normal(1, embed, std=0.5)
         self.w_wave = parameter(frequency * torch.stack([angle.cos(), angle.sin()]))            # [K, 2, waves]
         self.b_phase = parameter(2 * math.pi * torch.rand(1, waves, generator=g))
@@ -123,7 +147,8 @@ class ToyNet(nn.Module):
         turn = c_noise[..., None] * self.octaves
         embed = torch.baddbmm(self.b_embed, torch.cat([turn.cos(), turn.sin()], -1), self.w_noise)
         if label is not None:
-            embed = embed + self.table.gather(1, label[..., None].expand(-1, -1, self.table.shape[-1]))
+            embed = embed + (self.table.gather(1, label[..., None].expand(-1, -1, self.table.shape[-1])) if self.E is None
+                             else torch.bmm(self.E[label], self.table))
         embed = F.silu(embed)                                                                   # [K, B, embed]
         sigma2 = (8 * c_noise).exp()                                                            # c_noise = ln(sigma) / 4
         s2 = sigma2 / (sigma2 + self.SIGMA_DATA ** 2)                                           # (c_in sigma)^2
@@ -140,10 +165,15 @@ class ToyNet(nn.Module):
         return (out, middle) if features else out
 
 
-def toy_net(students: int = 1, size: str = "B") -> ToyNet:
+    def label_embeddings(self) -> Tensor:
+        """What the first member knows of each condition, [classes, d]: E, or its learned class embeddings."""
+        return self.table[0].detach() if self.E is None else self.E
+
+
+def toy_net(students: int = 1, size: str = "B", embeddings: Tensor | None = None) -> ToyNet:
     """A stack of ToyNets of one of the SIZES."""
     width, depth = SIZES[size]
-    return ToyNet(students, width, depth)
+    return ToyNet(students, width, depth, embeddings=embeddings)
 
 
 # --------------------------------------------------------------------------------------------------------- how good?

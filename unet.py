@@ -160,6 +160,10 @@ class UNet(nn.Module):
                 here = width * mult
         self.out_norm, self.out_conv = Norm(here), zeroed(Conv(here, channels, 3))
 
+    def label_embeddings(self) -> Tensor:
+        """The learned class embeddings [classes, 4 width]: the columns of NVIDIA's map_label [MSD App. B.1]."""
+        return self.map_label.weight.detach()
+
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None, features: bool | str = False):
         lead = x.shape[:-3]
         turn = (c_noise.reshape(-1, 1) * self.frequency).to(self.map_layer0.weight.dtype)

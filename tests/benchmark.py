@@ -43,7 +43,7 @@ def seconds_per_update(members, batch: int, steps: int, **changes) -> float:
         run = common.Stage("dm", {Path(folder): slice(0, len(members))}, steps, 10 ** 9, quiet=True)
         marks = []
         check, run.check = run.check, lambda *a: marks.append(time.perf_counter()) or check(*a)
-        dmd.train(run, flags, members, teacher, net, pairs, [torch.arange(flags.pairs)] * len(members), data.TOY_JUDGE, reference, torch.device("cpu"))
+        dmd.train(run, flags, members, teacher, net, pairs, [torch.arange(flags.pairs)] * len(members), data.toy_judge(data.facts("toy")), reference, torch.device("cpu"))
     per_step = 1 + (flags.ttur if flags.dm_weight else 0)           # the loss is checked once per turn
     return (marks[-per_step] - marks[per_step]) / (steps - 2)       # from the second update to the last
 

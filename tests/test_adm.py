@@ -124,8 +124,8 @@ def small_train(tmp_path, members, flags, teacher=None, name="s", source=None, w
     pairs = {"z": z, "y": z / 2, "label": label, "row": torch.zeros(len(members), dtype=torch.int64)}
     reference = {0: data.toy_statistics(toy_mog.sample(data.stratified(800, 8), common.generator("ref")), data.stratified(800, 8))}
     run = common.Stage("adm", {tmp_path / name: slice(0, len(members))}, flags.adm_steps, flags.save_every, quiet=True)
-    ema, best = adm.train(run, flags, members, teacher or toy_mog.denoiser, stack(0, 12), stack(1, width), source or data.Mixture(),
-                          data.TOY_JUDGE, reference, torch.device("cpu"), pairs, [torch.arange(flags.pairs)] * len(members))
+    ema, best = adm.train(run, flags, members, teacher or toy_mog.denoiser, stack(0, 12), stack(1, width), source or data.Mixture(data.facts("toy")),
+                          data.toy_judge(data.facts("toy")), reference, torch.device("cpu"), pairs, [torch.arange(flags.pairs)] * len(members))
     return ema
 
 
@@ -306,7 +306,7 @@ def test_resumed_fake_denoiser_is_that_of_the_dm_stage(run, tmp_path, monkeypatc
 
 def test_chosen_by_the_data_on_another_draw_than_the_reported(run, tmp_path, monkeypatch):
     """ADM's checkpoints are judged against real data that are not those of results.json, on latents that are not reported."""
-    truth, seen = data.TOY_JUDGE.truth(0, 800), []
+    truth, seen = data.toy_judge(data.facts("toy")).truth(0, 800), []
     assert not torch.equal(truth["real"], truth["real_select"])
     out = tmp_path / "copy"
     shutil.copytree(run, out)

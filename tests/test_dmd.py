@@ -169,7 +169,7 @@ def small_train(tmp_path, members, flags, teacher=None, net=None, index=None, na
     reference = {0: data.toy_statistics(toy_mog.sample(data.stratified(800, 8), common.generator("ref")), data.stratified(800, 8))}
     run = common.Stage("dm", {tmp_path / name: slice(0, len(members))}, flags.steps, flags.save_every, quiet=True)
     ema, best = dmd.train(run, flags, members, teacher or toy_mog.denoiser, net, pairs,
-                          index or [torch.arange(flags.pairs)] * len(members), data.TOY_JUDGE, reference, torch.device("cpu"))
+                          index or [torch.arange(flags.pairs)] * len(members), data.toy_judge(data.facts("toy")), reference, torch.device("cpu"))
     return ema
 
 

@@ -66,7 +66,7 @@ def small_tsm(tmp_path, members, name, teacher=None):
     net = edm.Precond(toy_mog.ToyNet(len(members), 12), 0.5)
     net.load_state_dict({k: v.repeat(len(members), *[1] * (v.ndim - 1)) for k, v in precond(1, 12).state_dict().items()})
     run = common.Stage("tsm", {tmp_path / name: slice(0, len(members))}, flags.tsm_steps, flags.save_every, quiet=True)
-    return tsm.train(run, flags, members, teacher or toy_mog.denoiser, net, data.Mixture(), torch.device("cpu")).state_dict()
+    return tsm.train(run, flags, members, teacher or toy_mog.denoiser, net, data.Mixture(data.facts("toy")), torch.device("cpu")).state_dict()
 
 
 def small_post(tmp_path, members, name):
@@ -77,7 +77,7 @@ def small_post(tmp_path, members, name):
         return net
     run = common.Stage("post", {tmp_path / name: slice(0, len(members))}, 40, flags.save_every, quiet=True)
     reference = {0: data.toy_statistics(toy_mog.sample(data.stratified(800, 8), common.generator("ref")), data.stratified(800, 8))}
-    return tsm.train_post(run, flags, members, stack(1, 16).requires_grad_(False), stack(0, 12), data.TOY_JUDGE, reference, torch.device("cpu"))[0].state_dict()
+    return tsm.train_post(run, flags, members, stack(1, 16).requires_grad_(False), stack(0, 12), data.toy_judge(data.facts("toy")), reference, torch.device("cpu"))[0].state_dict()
 
 
 @pytest.mark.parametrize("train", [small_tsm, small_post])
@@ -91,7 +91,7 @@ def test_a_short_training_approaches_the_teacher(tmp_path):
     facts, members = data.facts("toy"), [common.Member(0, 1, 0, tuple(range(8)))]
     start = edm.Precond(facts.net(1, "XS"), 0.5)
     run = common.Stage("tsm", {tmp_path: slice(0, 1)}, 250, 1000, quiet=True)
-    D = tsm.train(run, flags, members, toy_mog.denoiser, start, data.Mixture(), torch.device("cpu"))
+    D = tsm.train(run, flags, members, toy_mog.denoiser, start, data.Mixture(data.facts("toy")), torch.device("cpu"))
     levels = torch.tensor([0.1, 0.5])
     before, after = (edm.error_by_level(net, facts.exact, levels, facts, 0, 2000) for net in (start.requires_grad_(False), D))
     assert (after < 0.5 * before).all()
