@@ -16,7 +16,9 @@ whose own distance `bound` measures. Not here: consistency training without a te
 Departures: the paper says of this only that it was done. N = 64 levels on the toy (18 are too few for its narrow modes, as for
 the sampler); N = 40 and mu = 0.95 on images are CM's. AdamW, with learning rates that decay, for CM's RAdam; an average of the
 weights is kept, at the best of several evaluations (as in dmd.py). Distances as in dmd.py: on the toy the root mean square.
-f starts from the teacher's weights as in CM; on the toy from random ones (--init random), the better start there too.
+Errors add up along the N levels, so on the toy three things more: a batch of 512 per student; --cd-rise: the levels come in
+from below, since what f says at a level is worth no more than what it says below; --cd-focus: more than half of them where
+modes part (as iCT's noise law does, arXiv 2310.14189). f starts from the teacher's weights, as in CM.
 
 Run      python consistency.py --dataset toy
          python msd.py --dataset toy --students 1 2 4 8 --method cd
@@ -41,15 +43,15 @@ from common import flag
 @dataclasses.dataclass
 class Flags(adm.Flags):
     """Flags of CD; warm-up, decay, clipping and evaluation are those of DM."""
-    cd_steps: int = flag(6000, "updates of the student", "cd", low=1)
-    cd_batch: int = flag(128, "batch per student", "cd", low=1)
-    cd_lr: float = flag(5e-3, "learning rate (AdamW)", "cd", low=0)
+    cd_steps: int = flag(8000, "updates of the student", "cd", low=1)
+    cd_batch: int = flag(512, "batch per student", "cd", low=1)
+    cd_lr: float = flag(1e-2, "learning rate (AdamW)", "cd", low=0)
     cd_beta2: float = flag(0.99, "AdamW's second beta", "cd", low=0)
     cd_decay: str = flag("cosine", "schedule of the learning rate after warm-up", "cd", ("linear", "cosine", "constant"))
     cd_points: int = flag(64, "N: noise levels of the discretised ODE, sigma_max and sigma_min among them", "cd", low=2)
     cd_rise: float = flag(0.3, "share of the updates in which the levels come in, from sigma_min upwards; 0 = all from the start", "cd", low=0)
-    cd_focus: float = flag(0.6, "share of the levels drawn near sigma = 0.3 (ln sigma ~ N(-1.2, 1)), the rest uniformly", "cd", low=0)
-    cd_target: float = flag(0.98, "mu: decay of the average that gives the target; 0 = f itself, without gradient", "cd", low=0)
+    cd_focus: float = flag(0.6, "share of the levels drawn by ln sigma ~ N(-2, 1.4^2), where modes part; the rest uniformly", "cd", low=0)
+    cd_target: float = flag(0.97, "mu: decay of the average that gives the target; 0 = f itself, without gradient", "cd", low=0)
     cd_ema: float = flag(0.998, "decay of the average of f's weights (what is kept and sampled)", "cd", low=0)
     cd_distance: str = flag("l2", "root mean square, mean square, or LPIPS (VGG)", "cd", ("l2", "mse", "lpips"))
 
@@ -123,8 +125,8 @@ def bound(denoise, z: Tensor, label: Tensor, points: int) -> Tensor:
 def level_law(grid: Tensor, focus: float) -> Tensor:
     """Cumulative probabilities [N - 1] of drawing level i, the step from grid[i + 1] down to grid[i] (ascending, [N]).
 
-    Uniform over the levels but for a share `focus`, which falls on ln sigma ~ N(-1.2, 1): where modes part, and f is hardest."""
-    normal = torch.special.ndtr(grid.double().log() + 1.2).diff()
+    Uniform over the levels but for a share `focus`, which falls on ln sigma ~ N(-2, 1.4^2): where modes part, and f is hardest."""
+    normal = torch.special.ndtr((grid.double().log() + 2) / 1.4).diff()
     return (focus * normal / normal.sum() + (1 - focus) / len(normal)).cumsum(0)
 
 

@@ -76,6 +76,7 @@ class Flags(edm.Flags):
     grad_clip: float = flag(0.0, "clip each coordinate of the KL gradient; 0 = off", "dm", low=0)
     distance: str = flag("l2", "regression distance: root mean square, mean square, or LPIPS (VGG)", "dm", ("l2", "mse", "lpips"))
     filter_pairs: bool = flag(False, "keep only the pairs of the student's own classes: the strategy that App. B.4 rejects", "dm")
+    bug: str = flag("none", "plant a silent bug, for EXERCISES.md", "dm", ("none", "a", "b", "c"), later=True)
     pairs: int = flag(64_000, "pairs (z, y) from the teacher's ODE, a fixed set", "pairs", low=1)
     select_samples: int = flag(16_000, "samples per student of each such evaluation", "dm", low=8)
     tag: str = flag("", "suffix of the students' folders: variants of one teacher side by side")
@@ -348,7 +349,7 @@ def train(run: common.Stage, flags: Flags, members, teacher, net, pairs: dict, p
             terms = 0
             if kl:
                 label = draws.label(step, "label", B)[:, part]                                  # [M, b], from Y_k
-                x = one_step(G, draws.normal(step, "z", B, *shape)[:, part], label)
+                x = one_step(G, draws.normal(0 if flags.bug == "c" else step, "z", B, *shape)[:, part], label)
                 sigma = grid[bins_in_strata(draws, step, "sigma", low, high, B, n)][:, part]    # [M, b, n]
                 noise = draws.normal(step, "noise", B * n, *shape).unflatten(1, (B, n))[:, part]
                 fake = mu_fake if flags.fake == "net" else kde_of(G, draws, step, facts.classes, flags.kde_points, shape)
@@ -357,7 +358,7 @@ def train(run: common.Stage, flags: Flags, members, teacher, net, pairs: dict, p
                 made.append((x.detach(), label))
             if flags.reg_weight > 0:
                 pick = pick_pairs(draws, step, B, pair_index)[:, part]                          # [M, b]
-                reg = paired_loss(G, pairs, pick, distance)
+                reg = paired_loss(G if flags.bug != "a" else lambda x, *rest: G(x / edm.SIGMA_MAX, *rest), pairs, pick, distance)
                 terms = terms + (flags.reg_weight if kl else 1.0) * reg
             share = terms.sum(-1) / B                                                           # [M]
             share.sum().backward()
@@ -384,7 +385,8 @@ def train(run: common.Stage, flags: Flags, members, teacher, net, pairs: dict, p
                         x = one_step(G, draws.normal(step, f"fake z {turn}", B, *shape)[:, part], label)
                 sigma_fake = grid[draws.integers(step, f"fake sigma {turn}", fake_low, fake_high + 1, B)][:, part]
                 noise = draws.normal(step, f"fake noise {turn}", B, *shape)[:, part]
-                fake_losses = edm.denoising_loss(mu_fake, x, label, sigma_fake, noise, facts.sigma_data)
+                denoise = mu_fake if flags.bug != "b" else lambda x, sigma, label: mu_fake(x, sigma.roll(1, -1), label)
+                fake_losses = edm.denoising_loss(denoise, x, label, sigma_fake, noise, facts.sigma_data)
                 share = fake_losses.sum(-1) / B
                 share.sum().backward()
                 fake_loss += share.detach()

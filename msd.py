@@ -520,8 +520,10 @@ def rank_map(students: int, world: int) -> list[str]:
     return [f"rank {r}: students {' '.join(str(k) for k in range(r, students, world))}" for r in range(world)]
 
 
-def estimate(flags: Flags, device) -> float:
-    """Seconds the whole run will take from nothing on this machine alone, from timed forward passes: within a factor of two."""
+def estimate(flags: Flags, device, shared: bool = True) -> float:
+    """Seconds the whole run will take from nothing on this machine alone, from timed forward passes: within a factor of two.
+
+    shared: with what runs of one folder share: teacher, pairs, the teacher's samples."""
     facts = data.facts(flags.dataset, flags.resolution)
 
     def forward(members: int, batch: int, size: str = "") -> float:
@@ -560,6 +562,8 @@ def estimate(flags: Flags, device) -> float:
         many = seeds if flags.tsm_common else members if facts.stacked else 1
         times = 1 if facts.stacked else flags.seeds if flags.tsm_common else members
         total += times * flags.tsm_steps * (turn * forward(many, flags.tsm_batch, flags.student_size) + forward(many, flags.tsm_batch))
+    if not shared:
+        return total
     drawn = (2 if facts.stacked else 1) * flags.eval_samples + flags.pairs
     total += drawn * (2 * flags.sampler_steps - 1) / facts.chunk * forward(1, facts.chunk) * flags.seeds
     if flags.teacher == "train":

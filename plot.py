@@ -19,6 +19,7 @@ of both
 The one file that imports matplotlib.
 """
 import csv
+import os
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -54,7 +55,7 @@ def read_metrics(folder: Path) -> dict:
     return rows
 
 
-def _over_students(by_student: dict) -> tuple[np.ndarray, np.ndarray]:
+def over_students(by_student: dict) -> tuple[np.ndarray, np.ndarray]:
     """Mean over the students of one metric."""
     at = defaultdict(list)                                          # a student may lack a step: no sample fell into that band
     for steps, values in by_student.values():
@@ -150,11 +151,11 @@ def training(folders: dict, metric: str, title: str) -> plt.Figure:
         colour = plt.cm.viridis(i / max(1, len(runs)))
         for ax, name in zip(axes, (metric, "gap", "regression")):
             if name in m:
-                ax.plot(*_over_students(m[name]), color=colour, label=f"K = {K}", marker="o" if name == metric else None, ms=3)
+                ax.plot(*over_students(m[name]), color=colour, label=f"K = {K}", marker="o" if name == metric else None, ms=3)
     K, m = list(runs.items())[-1]
     bands = [n for n in m if n.startswith("fake loss")]
     for i, name in enumerate(bands):
-        axes[3].plot(*_over_students(m[name]), color=plt.cm.plasma(i / max(1, len(bands))), label=name.removeprefix("fake loss, "))
+        axes[3].plot(*over_students(m[name]), color=plt.cm.plasma(i / max(1, len(bands))), label=name.removeprefix("fake loss, "))
     for ax, title, ylabel in zip(axes, (
             "Distance of each student on its own classes", "Gap that drives the KL term",
             "Regression loss", f"Fake denoiser's loss by noise level, K = {K}"),
@@ -284,7 +285,7 @@ def gan(folders: dict, metric: str, title: str) -> plt.Figure:
                                     ("push of the DM term", "push of the GAN"))):
             for name, style in zip(names, ("-", "--")):
                 if name in m:
-                    ax.plot(*_over_students(m[name]), style, color=colour, marker="o" if name == metric else None, ms=3,
+                    ax.plot(*over_students(m[name]), style, color=colour, marker="o" if name == metric else None, ms=3,
                             label=f"K = {K}" + (f", {name}" if len(names) > 1 and i == 0 else ""))
     axes[1].axhline(0.5, ls=":", color="k", lw=1)
     axes[2].axhline(np.log(2), ls=":", color="k", lw=1)
@@ -359,6 +360,38 @@ def compare(out: Path, tags: list[str]) -> plt.Figure:
     return image_panels({"teacher": common.to_uint8(first[pick]), **{k: common.to_uint8(s["x"][pick]) for k, s in panels.items()}}, 8)
 
 
+def claim(name: str, text: str, numbers: dict, metric: str, lines: dict, curves: dict) -> plt.Figure:
+    """A claim of reproduce.py: numbers {row: [one per seed]} as dots with their mean; lines {name: level}; curves {row: (samples, distance)}."""
+    fig, axes = plt.subplots(1, 1 + bool(curves), figsize=(5.6 + 5.2 * bool(curves), 1.8 + 0.3 * len(numbers) if not curves else max(3.6, 1.8 + 0.3 * len(numbers))),
+                             squeeze=False)
+    ax, rows = axes[0][0], list(numbers)
+    colour = {row: plt.cm.viridis(0.9 * i / max(1, len(rows) - 1)) for i, row in enumerate(rows)}
+    for i, row in enumerate(rows):
+        v = np.array(numbers[row])
+        ax.plot(v, [i] * len(v), "o", ms=4, alpha=0.6, color=colour[row])
+        ax.plot([v.mean()] * 2, [i - 0.32, i + 0.32], color=colour[row], lw=2.5)
+        ax.annotate(f" {v.mean():.3f}", (v.max(), i), va="center", fontsize=8)
+    for j, (label, level) in enumerate(lines.items()):
+        ax.axvline(level, ls="--" if j == 0 else ":", color="#d94801" if j == 0 else "k", lw=1, label=f"{label}: {level:.3f}")
+    low, high = ax.get_xlim()
+    ax.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.4, -0.6 - 0.5 * len(lines)), xlim=(low, high + 0.12 * (high - low)),
+           xlabel={"l1": "$\\ell_1$ to the teacher's samples", "l1_data": "$\\ell_1$ to the data", "mode_min": "share of the emptiest mode (1 = fair)"}.get(metric, metric))
+    if lines:
+        ax.legend(fontsize=8, loc="upper right")
+    for row, (x, y) in curves.items():
+        axes[0][1].plot(x, y, "-o", ms=3, color=colour[row], label=row)
+    if curves:
+        axes[0][1].set(xlabel="samples that a student has seen", ylabel="$\\ell_1$ on its own classes, first seed", xscale="log", yscale="log")
+        axes[0][1].legend(fontsize=8)
+    fig.suptitle(f"{name}: {text}", fontsize=10)
+    return fig
+
+
+def beside(path: Path, document: Path) -> str:
+    """The path of a picture as a document in another folder names it."""
+    return os.path.relpath(path, document.parent)
+
+
 def draw(out, tag: str = "") -> list[Path]:
     """Draw every figure that the files of run folder `out` allow; returns their paths. UserError if there is no run."""
     out, suffix = Path(out), common.suffix(tag)
@@ -402,11 +435,12 @@ def draw(out, tag: str = "") -> list[Path]:
             sizes[r["size"]] = r
     if len(sizes) > 1:
         fig = figure8(dict(sorted(sizes.items(), key=lambda item: item[1]["parameters"])))
-        written.append(_written(fig, out / "figures" / "figure8.png"))
-    return written + [_written(fig, out / "figures" / f"{name}{suffix}.png") for name, fig in figures.items()]
+        written.append(written(fig, out / "figures" / "figure8.png"))
+    return written + [written(fig, out / "figures" / f"{name}{suffix}.png") for name, fig in figures.items()]
 
 
-def _written(fig: plt.Figure, path: Path) -> Path:
+def written(fig: plt.Figure, path: Path) -> Path:
+    """Save a figure, atomically; returns its path."""
     fig.tight_layout()
     common.write_atomic(path, lambda t: fig.savefig(t, format="png"))
     plt.close(fig)
@@ -419,7 +453,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if len(argv) > 2 and argv[1] == "--compare":
         fig = compare(Path(argv[0]), argv[2:])
-        print(_written(fig, Path(argv[0]) / "figures" / f"compare-{'-'.join(argv[2:]).replace('/', '-')}.png"))
+        print(written(fig, Path(argv[0]) / "figures" / f"compare-{'-'.join(argv[2:]).replace('/', '-')}.png"))
         return
     if not 1 <= len(argv) <= 2 or argv[0].startswith("-"):
         raise common.UserError("usage: python plot.py RUN_FOLDER [TAG], or RUN_FOLDER --compare TAG TAG …, such as python plot.py runs/toy")

@@ -1,0 +1,413 @@
+"""Every claim of the papers as a command: train what it needs, compare, judge, draw [MSD Table 1, Table 5, Table 6, Fig. 4 to 8].
+
+A claim is a line of CLAIMS: what the paper says, which runs it needs, which pairs of rows are compared. A run is a line of RUNS: a
+command line of msd.py, kept in one run folder under its tag, so that claims share runs, and all share teachers and pairs. Its
+students of all K and all seeds train as one stack.
+
+A verdict is computed, never typed: paired by seed, a is below b if the mean difference exceeds t(0.95, n - 1) standard errors
+(`common.verdict`); one seed is only "measured". A claim holds if all its comparisons do; if some do, the table says which.
+
+  python reproduce.py --list                  the claims, and what is there of them
+  python reproduce.py --claim split           one claim; several are separated by commas
+  python reproduce.py --all                   all of them: says beforehand how many hours
+  python reproduce.py --all --quick           all, small: one seed, a fifth of the updates; nothing but "measured"
+
+Killed, the same command goes on: a finished run is not started again (OUT/runs.json), an unfinished one goes on where its last
+checkpoint stands. Writes OUT/RESULTS.md and OUT/figures/claim-ID.png; what each run printed: OUT/logs.
+
+Not here: what the runs do (msd.py), the papers' own scale: the numbers beside ours are FID on ImageNet-64 and measure another thing.
+"""
+import contextlib
+import dataclasses
+import math
+from pathlib import Path
+
+
+import common
+import data
+import msd
+import plot
+from common import flag
+
+
+@dataclasses.dataclass
+class Flags:
+    """Flags of the reproduction."""
+    claim: str = flag("", "which claims, separated by commas; see --list")
+    all: bool = flag(False, "all claims of the toy")
+    list: bool = flag(False, "print the claims, and which runs they need")
+    quick: bool = flag(False, "one seed, a fifth of the updates, fewer samples, in a folder of its own")
+    images: bool = flag(False, "with --all: the claims on Fashion-MNIST too")
+    seeds: int = flag(5, "number of seeds of every run", low=1)
+    out: str = flag("", "the run folder; none = runs/reproduce, or runs/quick")
+    results: str = flag("", "where the table goes; none = OUT/RESULTS.md")
+    smoke: bool = flag(False, "with --quick: sizes for tests, which measure nothing")
+    dry_run: bool = flag(False, "say what would be trained, and how long it would take")
+    quiet: bool = flag(False, "no progress bars")
+
+
+# -------------------------------------------------------------------------------------------------------- runs and claims
+
+PAIRS = (250, 1000, 4000, 16_000)
+SIZES = ("XXS", "XS", "S", "B")
+RUNS = {                                                            # tag: the command line of msd.py; "": the untagged students
+    "": "--students 1 2 4 8",
+    "cd": "--students 1 2 4 8 --method cd",
+    "batch32": "--students 4 --batch 32", "batch16": "--students 8 --batch 16",
+    "steps12000": "--students 1 --steps 12000", "steps24000": "--students 1 --steps 24000",
+    "random": "--students 2 4 --partition random", "kmeans": "--students 2 4 --partition kmeans",
+    **{f"pairs{n}{own}{reg}": f"--students 4 --preset few-pairs --pairs {n}" + " --filter-pairs" * bool(own) + " --dm-weight 0" * bool(reg)
+       for reg in ("", "-reg") for n in PAIRS for own in ("", "-own")},
+    "ttur": "--students 2 --reg-weight 0 --ttur 5", "both": "--students 2 --ttur 5", "neither": "--students 2 --reg-weight 0",
+    "adm": "--students 8 --stages dm,adm", "adm2": "--students 2 --stages dm,adm",              # untagged too: further stages of ""
+    "continued": "--students 8 --stages adm --init dm --gan-weight 0",
+    "continued-reg": "--students 8 --stages adm --init dm --gan-weight 0 --adm-reg-weight 1",
+    "warm": "--students 2 --stages dm --dm-weight 0 --steps 1000 --reg-warmup 1000",
+    "joint-fast": "--students 2 --stages adm --init dm-warm --adm-steps 3000 --adm-reg-weight 1 --adm-lr 2e-3",
+    **{size: f"--students 1 2 4 8 --student-size {size} --stages tsm,dm,adm" for size in ("S", "XS", "XXS")},
+    "XS-random": "--students 8 --student-size XS --stages dm --init random --steps 7000",
+    "XS-tsm": "--students 2 --student-size XS --stages tsm,dm,adm --tsm-steps 1000 --steps 6000",
+    "XS-post": "--students 8 --student-size XS --stages post",
+    **{f"width-{size}": f"--students 1 8 --student-size {size} --init random" for size in SIZES},
+    "fashion": "--dataset fashion-mnist --students 1 5",
+}
+UNTAGGED, AFTER = ("", "adm", "adm2"), {"adm": [""], "adm2": [""], "continued": [""], "continued-reg": [""], "joint-fast": ["warm"], "XS-post": ["", "adm"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One measured set of students: of run `tag`, after `stage`, with K students; K = 0: the teacher itself."""
+    name: str
+    tag: str
+    stage: str
+    K: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """One claim: below = ((a, b), …), pairs of row names; a's `metric` must be below b's, or above where `more` is set."""
+    id: str
+    text: str
+    paper: str
+    rows: tuple[Row, ...]
+    below: tuple[tuple[str, str], ...]
+    metric: str = "l1"
+    more: bool = False
+    curve: str = ""                        # the stage whose curves stand beside the dots, against samples seen
+
+
+def _of_k(tag: str, stage: str, ks=(1, 2, 4, 8), prefix: str = "") -> tuple[Row, ...]:
+    return tuple(Row(f"{prefix}K = {K}", tag, stage, K) for K in ks)
+
+
+CLAIMS = {c.id: c for c in (
+    Claim("fig4", "more students, better one-step quality (DM, F_DM)", "FID, K = 1, 2, 4, 8: 2.60, 2.49, 2.37, 2.32", _of_k("", "dm"),
+          (("K = 8", "K = 1"), ("K = 2", "K = 1"), ("K = 4", "K = 2"), ("K = 8", "K = 4"))),
+    Claim("fig5", "the same with consistency distillation", "l1 falls with K (Fig. 5)", _of_k("cd", "cd"),
+          (("K = 8", "K = 1"), ("K = 2", "K = 1"), ("K = 4", "K = 2"), ("K = 8", "K = 4")), curve="cd"),
+    Claim("batch", "better even at the same effective batch", "FID: 4 x 32: 2.53, 1 x 128: 2.60",
+          (Row("1 x 128", "", "dm", 1), Row("4 x 32", "batch32", "dm", 4), Row("8 x 16", "batch16", "dm", 8), Row("4 x 128", "", "dm", 4)),
+          (("4 x 32", "1 x 128"), ("8 x 16", "1 x 128")), curve="dm"),
+    Claim("split", "consecutive and k-means both better than random", "FID, K = 4: 2.37, 2.39, 2.45",
+          tuple(Row(f"{name}, K = {K}", tag, "dm", K) for K in (2, 4) for name, tag in (("consecutive", ""), ("k-means", "kmeans"), ("random", "random"))),
+          tuple((f"{name}, K = {K}", f"random, K = {K}") for K in (2, 4) for name in ("consecutive", "k-means"))),
+    Claim("pairs", "paired data shared whole beat partitioned (K = 4)", "Fig. 7: partitioned pairs lose modes and end worse",
+          tuple(Row(f"{n}{', ' + own if own else ''}{', regression alone' if reg else ''}", f"pairs{n}{'-own' if own else ''}{reg}", "dm", 4)
+                for reg in ("", "-reg") for n in PAIRS for own in ("", "own")),
+          tuple((f"{n}{reg}", f"{n}, own{reg}") for reg in ("", ", regression alone") for n in PAIRS)),
+    Claim("reg", "regression or TTUR: each makes DM work, neither does not (K = 2)", "Sec. I.2, no table",
+          (Row("regression", "", "dm", 2), Row("TTUR 5", "ttur", "dm", 2), Row("both", "both", "dm", 2), Row("neither", "neither", "dm", 2)),
+          (("regression", "neither"), ("TTUR 5", "neither"), ("both", "regression"), ("both", "TTUR 5")), curve="dm"),
+    Claim("methods", "DMD and DMD2 (without GAN) strike a good balance; CD is worse (K = 2)", "FID and images seen: DMD 2.54, 130M; DMD2 2.61, 110M; CTM > 5, 3M",
+          (Row("DMD", "", "dm", 2), Row("DMD2", "ttur", "dm", 2), Row("CD", "cd", "cd", 2)), (("DMD", "CD"), ("DMD2", "CD")), curve="dm cd"),
+    Claim("adm", "ADM after DM improves on DM continued; two stages beat GAN from the start", "FID 2.37 -> 1.20; DMD2: 1.28 against 1.51",
+          (Row("DM, K = 8", "", "dm", 8), Row("ADM, K = 8", "", "adm", 8), Row("DM continued", "continued", "adm", 8), Row("continued with regression", "continued-reg", "adm", 8),
+           Row("two stages, K = 2", "", "adm", 2), Row("GAN from the start, K = 2", "joint-fast", "adm", 2)),
+          (("ADM, K = 8", "DM continued"), ("ADM, K = 8", "continued with regression"), ("two stages, K = 2", "GAN from the start, K = 2")), "l1_data"),
+    Claim("tsm", "small students do not converge properly without TSM (XS, TSM's updates counted)", "Sec. 3.3",
+          (Row("TSM, DM: 4000 + 3000", "XS", "dm", 8), Row("random, DM: 7000", "XS-random", "dm", 8)), (("TSM, DM: 4000 + 3000", "random, DM: 7000"),), "l1_data"),
+    Claim("small", "small students (TSM, DM, ADM) come close to same-sized ones (within 10 %, K = 8)", "FID: S 2.88, B 1.20",
+          (Row("B", "", "adm", 8), Row("S", "S", "adm", 8), Row("XS", "XS", "adm", 8)), (("S", "1.1 x B"), ("XS", "1.1 x B")), "l1_data"),
+    Claim("fig8", "quality rises with student size, falls with classes covered", "Fig. 8",
+          tuple(Row(f"{size}, K = {K}", size, "adm", K) for size in ("XXS", "XS", "S") for K in (1, 2, 4, 8)),
+          (*((f"{size}, K = 8", f"{size}, K = 1") for size in ("XXS", "XS", "S")),
+           *((f"{a}, K = {K}", f"{b}, K = {K}") for K in (1, 8) for a, b in (("XS", "XXS"), ("S", "XS")))), "l1_data"),
+    Claim("post", "the three stages beat post-distillation (XS, K = 8)", "FID 2.88 against 11.67",
+          (Row("three stages", "XS", "adm", 8), Row("post-distilled", "XS-post", "post", 8)), (("three stages", "post-distilled"),), "l1_data"),
+    Claim("surpass", "ADM students surpass the teacher (K = 8)", "FID 1.20 against 2.32",
+          (Row("ADM", "", "adm", 8), Row("the teacher", "", "adm", 0)), (("ADM", "the teacher"),), "l1_data"),
+    Claim("capacity", "K's gain is one of capacity: narrower nets gain more", "stated, not measured",
+          tuple(Row(f"{size}, K = {K}", f"width-{size}", "dm", K) for size in SIZES for K in (1, 8)),
+          tuple((f"{b}, K = 1 - {b}, K = 8", f"{a}, K = 1 - {a}, K = 8") for a, b in zip(SIZES, SIZES[1:]))),
+    Claim("compute", "K students against one at K times the compute: same total training FLOPs", "asked by reviewers",
+          (Row("1 student, 1 unit", "", "dm", 1), Row("4 students, 1 unit", "batch32", "dm", 4), Row("4 students, 4 units", "", "dm", 4), Row("1 student, 4 units", "steps12000", "dm", 1),
+           Row("8 students, 8 units", "", "dm", 8), Row("1 student, 8 units", "steps24000", "dm", 1)),
+          (("4 students, 1 unit", "1 student, 1 unit"), ("4 students, 4 units", "1 student, 4 units"), ("8 students, 8 units", "1 student, 8 units"))),
+    Claim("diversity", "more students cover the modes more evenly: the emptiest mode's share", "asked by reviewers", _of_k("", "dm"), (("K = 8", "K = 1"),), "mode_min", True),
+    Claim("fig4-images", "more students, better quality, on Fashion-MNIST (ours: FD, our classifier)", "FID, K = 1, 4: 2.60, 2.37",
+          (Row("K = 1", "fashion", "dm", 1), Row("K = 5", "fashion", "dm", 5)), (("K = 5", "K = 1"),), "fd_data"),
+)}
+
+
+# --------------------------------------------------------------------------------------------------------------- the runs
+
+def command_line(tag: str, flags: Flags) -> list[str]:
+    """The arguments of msd.py for a run."""
+    argv = RUNS[tag].split()
+    if "fashion-mnist" in argv:
+        return [*argv, "--out", str(Path(folder(flags)) / "fashion-mnist")]
+    argv += ["--dataset", "toy", "--out", folder(flags), "--seeds", "1" if flags.quick else str(flags.seeds)]
+    argv += ["--tag", tag] if tag not in UNTAGGED else []
+    if flags.smoke:                                                 # the preset's own pairs and updates
+        for name in ("--preset", "--steps", "--reg-warmup", "--adm-steps", "--tsm-steps", "--pairs"):
+            if name in argv:
+                del argv[argv.index(name):argv.index(name) + 2]
+        return argv + ["--preset", "smoke", "--eval-samples", "400"]
+    if flags.quick:
+        full = common.parse(msd.Flags, msd.PRESETS, argv)
+        for name in ("steps", "reg_warmup", "fake_warmup", "tsm_steps", "adm_steps", "adm_fake_warmup", "cd_steps", "eval_every", "teacher_steps"):
+            argv += [common.option(name), str(max(1, getattr(full, name) // (3 if name == "teacher_steps" else 5)))]
+        argv += ["--eval-samples", "20000", "--select-samples", "4000"] + (["--pairs", "16000"] if "--pairs" not in argv and full.pairs > 16_000 else [])
+    return argv
+
+
+def folder(flags: Flags) -> str:
+    """The run folder."""
+    return flags.out or ("runs/quick" if flags.quick else "runs/reproduce")
+
+
+def results_of(tag: str, flags: Flags) -> Path:
+    """Where msd.py leaves the numbers of a run."""
+    out = Path(folder(flags))
+    return out / "fashion-mnist" / "results.json" if tag == "fashion" else out / f"results{common.suffix('' if tag in UNTAGGED else tag)}.json"
+
+
+def finished(flags: Flags) -> dict:
+    """{tag: command line} of the runs that have ended."""
+    path = Path(folder(flags)) / "runs.json"
+    return {tag: argv for tag, argv in (common.load_json(path) if path.exists() else {}).items() if tag in RUNS and results_of(tag, flags).exists()}
+
+
+def needed(claims: list[Claim]) -> list[str]:
+    """The runs of these claims in the order of RUNS, each after those that it goes on from."""
+    tags = {r.tag if (r.tag, r.stage) != ("", "adm") else {8: "adm", 2: "adm2", 0: "adm"}[r.K] for c in claims for r in c.rows}
+    while more := {t for tag in tags for t in AFTER.get(tag, [])} - tags:
+        tags |= more
+    return [tag for tag in RUNS if tag in tags]
+
+
+def hours(tag: str, flags: Flags, device, shared: bool) -> float:
+    """How long a run will take, as msd.py estimates it; shared: with teachers, pairs and the teacher's samples."""
+    full = common.parse(msd.Flags, msd.PRESETS, command_line(tag, flags))
+    msd.check_stages(full, data.facts(full.dataset, full.resolution))
+    return msd.estimate(full, device, shared) / 3600
+
+
+def train(tags: list[str], flags: Flags) -> None:
+    """Run msd.py for each tag that has not ended; its output goes to OUT/logs, bars stay on the screen."""
+    out = Path(folder(flags))
+    for i, tag in enumerate(tags):
+        argv, done = command_line(tag, flags), finished(flags)
+        name = tag or "dm"
+        if done.get(tag) == argv:
+            continue
+        print(f"[{i + 1}/{len(tags)}] {name}: python msd.py {' '.join(argv)}", flush=True)
+        log = out / "logs" / f"{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(log, "w") as file, contextlib.redirect_stdout(file):
+                msd.main([*argv, *(["--quiet"] if flags.quiet else [])])
+        except SystemExit as stopped:
+            if stopped.code:
+                print(f"{name} stopped ({log}); the same command goes on from here")
+                raise
+        common.save_json(out / "runs.json", {**finished(flags), tag: argv})
+
+
+# ------------------------------------------------------------------------------------------------------- numbers, verdicts
+
+def per_seed(row: Row, flags: Flags) -> list[dict] | None:
+    """What was measured of a row, seed by seed; None if it is not there."""
+    path = results_of(row.tag, flags)
+    if not path.exists():
+        return None
+    results = common.load_json(path, "stages", "teacher")
+    if row.K == 0:
+        return results["teacher"]["per_seed"]
+    of_k = results["stages"].get(row.stage, {})
+    return of_k[str(row.K)]["per_seed"] if str(row.K) in of_k else None
+
+
+def values(name: str, numbers: dict[str, list[float]]) -> list[float]:
+    """Per seed: a row's numbers, "1.1 x ROW", or the difference "ROW - ROW"."""
+    if " - " in name:
+        a, b = (numbers[n] for n in name.split(" - "))
+        return [x - y for x, y in zip(a, b)]
+    factor, _, rest = name.partition(" x ")
+    return [float(factor) * v for v in numbers[rest]] if rest in numbers and name not in numbers else numbers[name]
+
+
+def judge(claim: Claim, numbers: dict[str, list[float]]) -> tuple[str, list[tuple[str, dict]]]:
+    """(the claim's verdict, [(comparison, common.verdict …)]) from numbers {row name: [one per seed]}."""
+    found = []
+    for a, b in claim.below:
+        left, right = values(a, numbers), values(b, numbers)
+        n = min(len(left), len(right))                              # the seeds that both have
+        left, right = (right, left) if claim.more else (left, right)
+        found.append((f"{a} {'above' if claim.more else 'below'} {b}", common.verdict(left[:n], right[:n])))
+    said = [v["verdict"] for _, v in found]
+    if all(s == "measured" for s in said):
+        return "measured: " + ("as claimed" if all(v["mean"] > 0 for _, v in found) else "not as claimed"
+                               if all(v["mean"] <= 0 for _, v in found) else "in part as claimed"), found
+    if all(s == "holds" for s in said) or not any(s == "holds" for s in said):
+        return said[0], found
+    return "holds for " + "; ".join(name for name, v in found if v["verdict"] == "holds"), found
+
+
+def mean_sd(v: list[float]) -> str:
+    """0.210 ± 0.004, the mean alone for one seed."""
+    mean = sum(v) / len(v)
+    sd = math.sqrt(sum((x - mean) ** 2 for x in v) / (len(v) - 1)) if len(v) > 1 else 0
+    return f"{mean:.3f} ± {sd:.3f}" if len(v) > 1 else f"{mean:.3f}"
+
+
+def section(claim: Claim, flags: Flags) -> tuple[str, list[str]]:
+    """A claim's line of the table, and its section; draws its figure."""
+    found = {r.name: per_seed(r, flags) for r in claim.rows}
+    if not all(found.values()):
+        missing = [r for r in claim.rows if not found[r.name]]
+        return f"| {claim.id} | {claim.text} | {claim.paper} | not measured | | not measured |", ["", f"## {claim.id}: {claim.text}", "", "Not measured: " + ", ".join(
+            f"`python msd.py {' '.join(command_line(r.tag, flags))}`" for r in {r.tag: r for r in missing}.values())]
+    numbers = {name: [p[claim.metric] for p in seeds] for name, seeds in found.items()}
+    n = min(map(len, numbers.values()))
+    verdict, comparisons = judge(claim, numbers)
+    shown = list(numbers) if len(numbers) <= 6 else list(dict.fromkeys(x for pair in claim.below[:2] for x in pair if x in numbers)) or list(numbers)[:4]
+    line = (f"| {claim.id} | {claim.text} | {claim.paper} | " + "; ".join(f"{name}: {mean_sd(numbers[name])}" for name in shown)
+            + (" …" if len(shown) < len(numbers) else "") + f" | {n} | {verdict} |")
+    first = next(iter(found.values()))[0]
+    more = [k for k in ("l1", "l1_data", "fd", "fd_data", "within", "modes", "mode_min", "mode_max") if k in first]
+    runs = needed([claim])
+    seen = {r.name: samples_seen(r, flags) for r in claim.rows}
+    text = ["", f"## {claim.id}: {claim.text}", "", f"The paper: {claim.paper}. Ours, {claim.metric}: **{verdict}**.", "",
+            "| | " + " | ".join(more) + " | samples a student saw | seeds |", "|---" * (len(more) + 3) + "|"]
+    text += [f"| {name} | " + " | ".join(mean_sd([p[k] for p in seeds]) if k in seeds[0] else "" for k in more) + f" | {seen[name]:,} | {len(seeds)} |".replace("| 0 |", "| |")
+             for name, seeds in found.items()]
+    text += ["", "| comparison | difference ± standard error | n | verdict |", "|---|---|---|---|"]
+    text += [f"| {name} | {v['mean']:.4f}" + (f" ± {v['error']:.4f}" if v["error"] is not None else "") + f" | {v['n']} | {v['verdict']} |" for name, v in comparisons]
+    text += [""] + [s for r in claim.rows for s in split_lines(r, flags)]
+    figure = plot.claim(claim.id, claim.text, numbers, claim.metric, lines(claim, flags), curves(claim, flags))
+    path = Path(folder(flags)) / "figures" / f"claim-{claim.id}.png"
+    plot.written(figure, path)
+    text += ["", f"![{claim.id}]({plot.beside(path, results_path(flags))})", "", "Runs: " + "; ".join(f"`python msd.py {' '.join(command_line(t, flags))}`" for t in runs)]
+    return line, text
+
+
+def split_lines(row: Row, flags: Flags) -> list[str]:
+    """For the claim about partitions: how alike the conditions of one student are."""
+    if not row.name.startswith(("consecutive", "k-means", "random")):
+        return []
+    split = common.load_json(results_of(row.tag, flags)).get("partition", {}).get(str(row.K))
+    if not split or None in split["within"]:
+        return []
+    return [f"- {row.name}: distance of two conditions' embeddings {mean_sd(split['within'])} within a student, {mean_sd(split['between'])} between; "
+            f"sizes {' and '.join(sorted({'+'.join(map(str, sorted(s))) for s in split['sizes']}))}"]
+
+
+def lines(claim: Claim, flags: Flags) -> dict:
+    """Levels worth a line in the claim's figure: floor, teacher, bound."""
+    results = common.load_json(results_of(claim.rows[0].tag, flags))
+    m = claim.metric
+    out = {"the teacher": results["teacher"][m]} if m.endswith("_data") and claim.id != "surpass" else {"floor: two draws of the teacher": results["floor"]} if m == "l1" else {}
+    return out | ({f"{results['bound']['points']}-point Heun sampler": results["bound"][m]} if m in results.get("bound", {}) else {})
+
+
+def samples_seen(row: Row, flags: Flags) -> int:
+    """Samples that a student saw in its last stage: updates times batch; 0 for the teacher."""
+    if row.K == 0:
+        return 0
+    path = next(iter(sorted(stage_folder(row, flags).glob("**/config.json"))), None)
+    config = common.load_json(path) if path else {}
+    steps, batch = {"dm": ("steps", "batch"), "adm": ("adm_steps", "adm_batch"), "cd": ("cd_steps", "cd_batch"), "post": ("post_steps", "batch")}[row.stage]
+    return config.get(steps, 0) * config.get(batch, 0)
+
+
+def stage_folder(row: Row, flags: Flags) -> Path:
+    """The row's stage folder of the first seed."""
+    out = Path(folder(flags)) / ("fashion-mnist" if row.tag == "fashion" else "")
+    return out / "seed0" / f"students{row.K}{common.suffix('' if row.tag in (*UNTAGGED, 'fashion') else row.tag)}" / row.stage
+
+
+def curves(claim: Claim, flags: Flags) -> dict:
+    """{row name: (samples seen by a student, distance on its own classes)} of the first seed, where metrics are there."""
+    out = {}
+    for row in claim.rows if claim.curve else ():
+        home = stage_folder(row, flags)
+        if (home / "metrics.csv").exists():
+            config = common.load_json(home / "config.json")
+            steps, value = plot.over_students(plot.read_metrics(home).get("l1", {}))
+            out[row.name] = (steps * config.get({"cd": "cd_batch"}.get(row.stage, "batch"), 0), value)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------ the command
+
+def results_path(flags: Flags) -> Path:
+    """Where the table goes."""
+    return Path(flags.results or Path(folder(flags)) / "RESULTS.md")
+
+
+def write(claims: list[Claim], flags: Flags) -> None:
+    """RESULTS.md and the figures of these claims."""
+    made = [section(c, flags) for c in claims]
+    head = ["# Results", "", "Written by `python reproduce.py`" + (" with `--quick`: one seed, a fifth of the updates; nothing here is a verdict on the paper." if flags.quick else "."),
+            "The toy, unless it says otherwise: l1 to the teacher's samples, l1_data to the data (0 = equal, 1 = disjoint), mean ± standard deviation over "
+            "the seeds. A verdict is a one-sided t test at 5 %, paired by seed, at equal updates of each student, or as the row says. The paper's numbers "
+            "are FID on ImageNet-64: compare directions, not values.", "",
+            "| id | claim | paper | ours, mean ± sd | n | verdict |", "|---|---|---|---|---|---|"]
+    text = "\n".join([*head, *[line for line, _ in made], *[t for _, body in made for t in body]]) + "\n"
+    common.write_atomic(results_path(flags), lambda t: t.write_text(text))
+    print("\n".join(head[-2:] + [line for line, _ in made]))
+    print(f"\nresults: {results_path(flags)}\nfigures: {Path(folder(flags)) / 'figures'}/claim-*.png")
+
+
+def chosen(flags: Flags) -> list[Claim]:
+    """The claims asked for. UserError if one is not known, with names that sound like it."""
+    if flags.all:
+        return [c for c in CLAIMS.values() if flags.images or c.id != "fig4-images"]
+    names = [n.strip() for n in flags.claim.split(",") if n.strip()]
+    for n in names:
+        if n not in CLAIMS:
+            raise common.UserError(f"--claim {n}: not known{common.near(n, CLAIMS)} (one of {', '.join(CLAIMS)})")
+    if not names:
+        raise common.UserError("which claims? --claim NAME, --all, or --list to see them")
+    return [CLAIMS[n] for n in names]
+
+
+@common.command
+def main(argv=None):
+    """Train what the chosen claims need, judge them, write the table and the figures."""
+    flags = common.parse(Flags, {(None, None): {}}, argv, __doc__)
+    flags.quick = flags.quick or flags.smoke
+    done = finished(flags)
+    if flags.list:
+        for c in CLAIMS.values():
+            tags = needed([c])
+            there = sum(done.get(t) == command_line(t, flags) for t in tags)
+            print(f"  {c.id:<12} {c.text}\n               paper: {c.paper}; {there} of {len(tags)} runs are there")
+        return
+    claims = chosen(flags)
+    todo = [t for t in needed(claims) if done.get(t) != command_line(t, flags)]
+    device = common.device("auto", 0)
+    total = sum(hours(t, flags, device, shared=i == 0 and not done) for i, t in enumerate(todo))
+    print(f"reproduce: {', '.join(c.id for c in claims)}; {len(todo)} of {len(needed(claims))} runs to do, {1 if flags.quick else flags.seeds} seed(s), "
+          f"about {f'{total:.1f} hours' if total > 1.5 else f'{60 * total:.0f} min'}, into {folder(flags)}", flush=True)
+    if flags.dry_run:
+        print("\n".join(f"  python msd.py {' '.join(command_line(t, flags))}" for t in todo))
+        return
+    train(todo, flags)
+    everything = [c for c in CLAIMS.values() if c in claims or all(t in finished(flags) for t in needed([c]))]
+    write(everything, flags)
+
+
+if __name__ == "__main__":
+    main()
