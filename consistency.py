@@ -43,7 +43,7 @@ from common import flag
 @dataclasses.dataclass
 class Flags(adm.Flags):
     """Flags of CD; warm-up, decay, clipping and evaluation are those of DM."""
-    cd_steps: int = flag(8000, "updates of the student", "cd", low=1)
+    cd_steps: int = flag(16_000, "updates of the student", "cd", low=1)
     cd_batch: int = flag(512, "batch per student", "cd", low=1)
     cd_lr: float = flag(1e-2, "learning rate (AdamW)", "cd", low=0)
     cd_beta2: float = flag(0.99, "AdamW's second beta", "cd", low=0)

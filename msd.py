@@ -201,18 +201,19 @@ def filter_adm(real_label: Tensor, classes_k: Tensor) -> tuple[Tensor, Tensor]:
 class Router:
     """Which student answers? label [...] -> student index [...], by table look-up. UserError for an unknown label.
 
-    classes: how many there are, if the parts do not cover them (one specialised student). embeddings [classes, d]: the conditions',
-    for `unseen`; quadrants: were they split so?"""
+    classes: how many there are, if the parts do not cover them (one specialised student); embeddings [classes, d]: the conditions',
+    for `unseen`."""
 
-    def __init__(self, parts: list[Tensor], classes: int = 0, embeddings: Tensor | None = None, quadrants: bool = False):
+    def __init__(self, parts: list[Tensor], classes: int = 0, embeddings: Tensor | None = None):
         self.table = torch.full((classes or sum(len(p) for p in parts),), -1)
         for k, part in enumerate(parts):
             self.table[part] = k
-        self.quadrants = quadrants
         self.centroids = None if embeddings is None else torch.stack([embeddings[part].mean(0) for part in parts])
+        self.quadrants = embeddings is not None and len(parts) == 4 and all((quadrant(embeddings[part]) == k).all() for k, part in enumerate(parts))
 
     def unseen(self, embedding: Tensor) -> Tensor:
-        """Student index [...] for embeddings [..., d] that are none of the table's: by quadrant, or the nearest part's centroid."""
+        """Student index [...] for embeddings [..., d] that are none of the table's: by quadrant if the table is split so, else the
+        part with the nearest centroid. UserError if this router knows no embeddings."""
         if self.quadrants:
             return quadrant(embedding)
         if self.centroids is None:
@@ -307,7 +308,9 @@ def load_students(folder, name: str = "best.pt", flags=None) -> Students:
         if not folder.is_dir():
             raise common.UserError(f"{folder}: no such students' folder (such as runs/toy/seed0/students8)")
         saved, G = _read_students(folder / name, flags)
-        return Students(saved["facts"], G, Router([torch.tensor(p) for p in saved["partition"]], saved["facts"].classes), saved["seconds"])
+        facts = saved["facts"]
+        router = Router([torch.tensor(p) for p in saved["partition"]], facts.classes, facts.embeddings() if facts.embeddings else None)
+        return Students(facts, G, router, saved["seconds"])
     about = [common.load_json(f / "config.json", "students", "student", "classes", "dataset") for f in own]
     K = about[0]["students"]
     ready = [f for f in own if (f / name).exists()]

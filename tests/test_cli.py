@@ -13,11 +13,13 @@ import torch
 import adm
 import benchmark
 import common
+import consistency
 import dmd
 import edm
 import fid
 import msd
 import plot
+import reproduce
 import sample
 import tsm
 from conftest import refused
@@ -254,7 +256,7 @@ def readme_commands():
 
 def long(line: str) -> bool:
     """Run with --run-slow only: two ranks, the variants of the tables, the images' second and third command."""
-    return (line.startswith("torchrun") and "imagenet64" not in line or "runs/st" in line or "runs/sweep" in line
+    return ("reproduce.py --" in line and "--list" not in line or line.startswith("torchrun") and "imagenet64" not in line or "runs/st" in line or "runs/sweep" in line
             or "fashion-mnist" in line and ("--against" in line or "--stages" in line))
 
 
@@ -277,6 +279,8 @@ def test_commands_that_readme_prints(line, run, image_run, small, tiny, tmp_path
     if script == "plot":
         plot.main(argv)
         return
+    if script == "reproduce":
+        return reproduce.main([*argv, "--smoke", "--quiet"] if "--list" not in argv else argv)
     if script == "sample":
         sample.main([*[w if w not in ("8", "5") else "3" for w in argv], "--timing", "64" if "runs/toy" in argv else "0", "--steps", "8"])
         return
@@ -286,7 +290,7 @@ def test_commands_that_readme_prints(line, run, image_run, small, tiny, tmp_path
     if script == "benchmark":
         argv = [w for w in argv if not w.startswith("--unet") and "edm" not in w]               # that one needs a checkout
         return benchmark.main([*argv, "--quick"])
-    module = {"msd": msd, "dmd": dmd, "edm": edm, "tsm": tsm, "adm": adm}[script]
+    module = {"msd": msd, "dmd": dmd, "edm": edm, "tsm": tsm, "adm": adm, "consistency": consistency}[script]
     dry = [*argv, *([] if "--dry-run" in argv else ["--dry-run"])]
     assert not module.main(dry)                                     # the line as printed is a legal one
     if "imagenet64" in argv or "cifar10" in argv:
@@ -334,7 +338,8 @@ def test_readme_has_the_two_commands_and_existing_files():
     assert (ROOT / ".ci" / "run").read_text().count("-m pytest") == 1
 
 
-@pytest.mark.parametrize("name", ["toy_mog", "unet", "snapshot", "fid", "edm", "dmd", "msd", "sample", "plot", "data", "common"])
+@pytest.mark.parametrize("name", ["toy_mog", "unet", "snapshot", "fid", "edm", "dmd", "tsm", "adm", "consistency", "msd", "sample", "plot", "data",
+                                  "common", "reproduce"])
 def test_public_names_have_docstrings(name):
     for node in ast.parse((ROOT / f"{name}.py").read_text()).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):

@@ -69,9 +69,10 @@ def test_quadrants():
 
 def test_the_router_of_embeddings_agrees_with_the_partition():
     E, _ = blobs()
-    for how, table, quadrants in (("kmeans", E, False), ("quadrant", toy_mog.prompts(), True)):
+    for how, table in (("kmeans", E), ("quadrant", toy_mog.prompts())):
         parts = msd.partition(len(table), 4, how, table)
-        router = msd.Router(parts, embeddings=table, quadrants=quadrants)
+        router = msd.Router(parts, embeddings=table)
+        assert router.quadrants == (how == "quadrant")
         label = torch.arange(len(table))
         assert torch.equal(router.unseen(table), router(label))
         assert torch.equal(router.unseen(table + 0.01 * (torch.rand(table.shape) - 0.5)), router(label))                        # nearly a known one
