@@ -435,11 +435,11 @@ def draw(out, tag: str = "") -> list[Path]:
             sizes[r["size"]] = r
     if len(sizes) > 1:
         fig = figure8(dict(sorted(sizes.items(), key=lambda item: item[1]["parameters"])))
-        written.append(written(fig, out / "figures" / "figure8.png"))
-    return written + [written(fig, out / "figures" / f"{name}{suffix}.png") for name, fig in figures.items()]
+        written.append(save(fig, out / "figures" / "figure8.png"))
+    return written + [save(fig, out / "figures" / f"{name}{suffix}.png") for name, fig in figures.items()]
 
 
-def written(fig: plt.Figure, path: Path) -> Path:
+def save(fig: plt.Figure, path: Path) -> Path:
     """Save a figure, atomically; returns its path."""
     fig.tight_layout()
     common.write_atomic(path, lambda t: fig.savefig(t, format="png"))
@@ -453,7 +453,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if len(argv) > 2 and argv[1] == "--compare":
         fig = compare(Path(argv[0]), argv[2:])
-        print(written(fig, Path(argv[0]) / "figures" / f"compare-{'-'.join(argv[2:]).replace('/', '-')}.png"))
+        print(save(fig, Path(argv[0]) / "figures" / f"compare-{'-'.join(argv[2:]).replace('/', '-')}.png"))
         return
     if not 1 <= len(argv) <= 2 or argv[0].startswith("-"):
         raise common.UserError("usage: python plot.py RUN_FOLDER [TAG], or RUN_FOLDER --compare TAG TAG …, such as python plot.py runs/toy")

@@ -49,15 +49,15 @@ class Flags:
 # -------------------------------------------------------------------------------------------------------- runs and claims
 
 PAIRS = (250, 1000, 4000, 16_000)
-SIZES = ("XXS", "XS", "S", "B")
+SIZES = ("XXS", "S", "B")
 RUNS = {                                                            # tag: the command line of msd.py; "": the untagged students
     "": "--students 1 2 4 8",
     "cd": "--students 1 2 4 8 --method cd",
     "batch32": "--students 4 --batch 32", "batch16": "--students 8 --batch 16",
-    "steps12000": "--students 1 --steps 12000", "steps24000": "--students 1 --steps 24000",
+    "steps12000": "--students 1 --steps 12000",
     "random": "--students 2 4 --partition random", "kmeans": "--students 2 4 --partition kmeans",
     **{f"pairs{n}{own}{reg}": f"--students 4 --preset few-pairs --pairs {n}" + " --filter-pairs" * bool(own) + " --dm-weight 0" * bool(reg)
-       for reg in ("", "-reg") for n in PAIRS for own in ("", "-own")},
+       for reg in ("", "-reg") for n in (PAIRS if not reg else (1000, 16_000)) for own in ("", "-own")},
     "ttur": "--students 2 --reg-weight 0 --ttur 5", "both": "--students 2 --ttur 5", "neither": "--students 2 --reg-weight 0",
     "adm": "--students 8 --stages dm,adm", "adm2": "--students 2 --stages dm,adm",              # untagged too: further stages of ""
     "continued": "--students 8 --stages adm --init dm --gan-weight 0",
@@ -71,6 +71,7 @@ RUNS = {                                                            # tag: the c
     **{f"width-{size}": f"--students 1 8 --student-size {size} --init random" for size in SIZES},
     "fashion": "--dataset fashion-mnist --students 1 5",
 }
+FEWER = {"cd": 2, "S": 3, "XXS": 3, **{f"width-{size}": 3 for size in SIZES}}                    # long ones: at most so many seeds
 UNTAGGED, AFTER = ("", "adm", "adm2"), {"adm": [""], "adm2": [""], "continued": [""], "continued-reg": [""], "joint-fast": ["warm"], "XS-post": ["", "adm"]}
 
 
@@ -113,8 +114,8 @@ CLAIMS = {c.id: c for c in (
           tuple((f"{name}, K = {K}", f"random, K = {K}") for K in (2, 4) for name in ("consecutive", "k-means"))),
     Claim("pairs", "paired data shared whole beat partitioned (K = 4)", "Fig. 7: partitioned pairs lose modes and end worse",
           tuple(Row(f"{n}{', ' + own if own else ''}{', regression alone' if reg else ''}", f"pairs{n}{'-own' if own else ''}{reg}", "dm", 4)
-                for reg in ("", "-reg") for n in PAIRS for own in ("", "own")),
-          tuple((f"{n}{reg}", f"{n}, own{reg}") for reg in ("", ", regression alone") for n in PAIRS)),
+                for reg in ("", "-reg") for n in (PAIRS if not reg else (1000, 16_000)) for own in ("", "own")),
+          tuple((f"{n}{reg}", f"{n}, own{reg}") for reg in ("", ", regression alone") for n in (PAIRS if not reg else (1000, 16_000)))),
     Claim("reg", "regression or TTUR: each makes DM work, neither does not (K = 2)", "Sec. I.2, no table",
           (Row("regression", "", "dm", 2), Row("TTUR 5", "ttur", "dm", 2), Row("both", "both", "dm", 2), Row("neither", "neither", "dm", 2)),
           (("regression", "neither"), ("TTUR 5", "neither"), ("both", "regression"), ("both", "TTUR 5")), curve="dm"),
@@ -140,9 +141,9 @@ CLAIMS = {c.id: c for c in (
           tuple(Row(f"{size}, K = {K}", f"width-{size}", "dm", K) for size in SIZES for K in (1, 8)),
           tuple((f"{b}, K = 1 - {b}, K = 8", f"{a}, K = 1 - {a}, K = 8") for a, b in zip(SIZES, SIZES[1:]))),
     Claim("compute", "K students against one at K times the compute: same total training FLOPs", "asked by reviewers",
-          (Row("1 student, 1 unit", "", "dm", 1), Row("4 students, 1 unit", "batch32", "dm", 4), Row("4 students, 4 units", "", "dm", 4), Row("1 student, 4 units", "steps12000", "dm", 1),
-           Row("8 students, 8 units", "", "dm", 8), Row("1 student, 8 units", "steps24000", "dm", 1)),
-          (("4 students, 1 unit", "1 student, 1 unit"), ("4 students, 4 units", "1 student, 4 units"), ("8 students, 8 units", "1 student, 8 units"))),
+          (Row("1 student, 1 unit", "", "dm", 1), Row("4 students, 1 unit", "batch32", "dm", 4), Row("8 students, 1 unit", "batch16", "dm", 8),
+           Row("1 student, 4 units", "steps12000", "dm", 1), Row("4 students, 4 units", "", "dm", 4)),
+          (("4 students, 1 unit", "1 student, 1 unit"), ("8 students, 1 unit", "1 student, 1 unit"), ("4 students, 4 units", "1 student, 4 units"))),
     Claim("diversity", "more students cover the modes more evenly: the emptiest mode's share", "asked by reviewers", _of_k("", "dm"), (("K = 8", "K = 1"),), "mode_min", True),
     Claim("fig4-images", "more students, better quality, on Fashion-MNIST (ours: FD, our classifier)", "FID, K = 1, 4: 2.60, 2.37",
           (Row("K = 1", "fashion", "dm", 1), Row("K = 5", "fashion", "dm", 5)), (("K = 5", "K = 1"),), "fd_data"),
@@ -156,7 +157,7 @@ def command_line(tag: str, flags: Flags) -> list[str]:
     argv = RUNS[tag].split()
     if "fashion-mnist" in argv:
         return [*argv, "--out", str(Path(folder(flags)) / "fashion-mnist")]
-    argv += ["--dataset", "toy", "--out", folder(flags), "--seeds", "1" if flags.quick else str(flags.seeds)]
+    argv += ["--dataset", "toy", "--out", folder(flags), "--seeds", "1" if flags.quick else str(min(flags.seeds, FEWER.get(tag, flags.seeds)))]
     argv += ["--tag", tag] if tag not in UNTAGGED else []
     if flags.smoke:                                                 # the preset's own pairs and updates
         for name in ("--preset", "--steps", "--reg-warmup", "--adm-steps", "--tsm-steps", "--pairs"):
@@ -297,7 +298,7 @@ def section(claim: Claim, flags: Flags) -> tuple[str, list[str]]:
     text += [""] + [s for r in claim.rows for s in split_lines(r, flags)]
     figure = plot.claim(claim.id, claim.text, numbers, claim.metric, lines(claim, flags), curves(claim, flags))
     path = Path(folder(flags)) / "figures" / f"claim-{claim.id}.png"
-    plot.written(figure, path)
+    plot.save(figure, path)
     text += ["", f"![{claim.id}]({plot.beside(path, results_path(flags))})", "", "Runs: " + "; ".join(f"`python msd.py {' '.join(command_line(t, flags))}`" for t in runs)]
     return line, text
 

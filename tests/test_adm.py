@@ -147,7 +147,7 @@ def test_f_adm_real_data_and_conditions_are_the_students_own(tmp_path):
                 nearest = (x[k][:, None, None] - means).norm(dim=-1).flatten(1).argmin(1) // toy_mog.MODES
                 assert torch.equal(nearest, label[k])               # the sample is of the class that it is said to be
             return x, label
-    small_train(tmp_path, members, small_flags(adm_batch=32), teacher, source=Spy())
+    small_train(tmp_path, members, small_flags(adm_batch=32), teacher, source=Spy(data.facts("toy")))
     for k in range(2):
         assert asked[k] == real[k] == set(members[k].classes)
     own, index = msd.filter_adm(data.stratified(40, 8), torch.tensor([4, 5]))
@@ -316,6 +316,7 @@ def test_chosen_by_the_data_on_another_draw_than_the_reported(run, tmp_path, mon
     assert torch.equal(seen[0], truth["real_select"])
 
 
+@pytest.mark.slow
 def test_images(image_run, tiny, tmp_path, capsys):
     """ADM of three image students from their DM folders, sampled by the router afterwards; resumed fake denoiser as a variant."""
     out = tmp_path / "copy"

@@ -51,7 +51,7 @@ def test_claims_are_consistent():
         flags = reproduce.Flags(quick=quick)
         for tag in reproduce.RUNS:
             full = common.parse(msd.Flags, msd.PRESETS, reproduce.command_line(tag, flags))
-            assert full.seeds == (1 if quick or tag == "fashion" else 5)
+            assert full.seeds == (1 if quick or tag == "fashion" else reproduce.FEWER.get(tag, 5))
 
 
 @pytest.mark.parametrize("argv, words", [

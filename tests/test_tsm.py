@@ -319,6 +319,7 @@ def test_changed_weights_of_an_exact_teacher_are_noticed(capsys, tmp_path):
     assert "weights of exact" in refused(capsys, msd.main, [*argv, "--tsm-steps", "21"])
 
 
+@pytest.mark.slow
 def test_images_of_three_stages(image_run, tiny, tmp_path):
     """A smaller image student after TSM (a network of its own), DM and ADM."""
     out = tmp_path / "run"
