@@ -188,8 +188,11 @@ def kl_gradient(x: Tensor, label: Tensor, sigma: Tensor, noise: Tensor, teacher,
 
 
 def one_step(G, z: Tensor, label: Tensor | None) -> Tensor:
-    """x = G(sigma_max z; sigma_max, label): z [..., *shape] has unit variance and is scaled here, exactly once."""
-    sigma = torch.full(label.shape if label is not None else z.shape[:1], edm.SIGMA_MAX, dtype=z.dtype, device=z.device)
+    """x = G(sigma_max z; sigma_max, label): z [..., *shape] has unit variance and is scaled here, exactly once.
+
+    label [...] (int64), None, or, of a network with fixed embeddings, embeddings [..., d] themselves."""
+    lead = z.shape[:1] if label is None else label.shape[:-1] if label.is_floating_point() else label.shape
+    sigma = torch.full(lead, edm.SIGMA_MAX, dtype=z.dtype, device=z.device)
     return G(edm.SIGMA_MAX * z, sigma, label)
 
 
@@ -489,8 +492,7 @@ def get_inputs(flags: Flags, device, ranks, get_teachers=edm.get_teachers) -> In
             return solve(folder, purpose, number, denoise, facts, seed, flags.sampler_steps, device, ranks, flags.quiet)
 
         folder = home / "pairs" / str(flags.pairs)
-        guidance = {"cfg": flags.cfg} if flags.cfg != 1 else {}
-        common.check_config(folder, {**lineage, **guidance, "sampler_steps": flags.sampler_steps, **common.stage_config(flags, "pairs")})
+        common.check_config(folder, {**lineage, "sampler_steps": flags.sampler_steps, **common.stage_config(flags, "pairs")})
         pairs.append(solved(folder, "pairs", flags.pairs))
         folder = home / "reference"
         common.check_config(folder, {**lineage, **common.stage_config(flags, "samples")})
@@ -588,7 +590,7 @@ def ancestry(flags: Flags, seed: int) -> dict:
     judge = {} if data.DATASETS[flags.dataset].stacked else {"features": Path(flags.features).name or "classifier"}
     weights = {"weights of exact": [common.stage_config(flags, "tsm"), flags.noise_law, flags.P_mean, flags.P_std, flags.teacher_size,
                                     getattr(flags, "init", "")]} if flags.teacher == "exact" else {}
-    return {**edm.lineage(flags, seed), **judge, **weights, **({"cfg": flags.cfg} if flags.cfg != 1 else {})}
+    return {**edm.lineage(flags, seed), **judge, **weights}
 
 
 def generators(flags: Flags, starts: list[Start], device) -> edm.Precond:

@@ -72,7 +72,7 @@ class Flags:
     P_mean: float = flag(-2.5, "mean of ln sigma", "teacher")
     P_std: float = flag(1.5, "standard deviation of ln sigma", "teacher", low=0)
     label_dropout: float = flag(0.0, "share of the teacher's batch trained without a class, for guidance (--cfg)", "teacher", low=0, later=True)
-    cfg: float = flag(1.0, "classifier-free guidance scale of the teacher: in its samples, in mu_teacher, nowhere else; 1 = none", "samples", low=0, later=True)
+    cfg: float = flag(1.0, "classifier-free guidance scale of the teacher: in its samples, in mu_teacher, nowhere else; 1 = none", low=0)
     sampler_steps: int = flag(40, "steps of the teacher's Heun sampler (2 n - 1 evaluations)", "samples", low=2)
     eval_samples: int = flag(100_000, "samples of every reported distance", "samples", low=8)
     save_every: int = flag(500, "updates between checkpoints", low=1)
@@ -299,10 +299,11 @@ def origin(flags: Flags, seed: int) -> dict:
 
 
 def lineage(flags: Flags, seed: int) -> dict:
-    """The flags that determine the teacher of a seed: part of every later stage's config.json."""
+    """The flags that determine mu_teacher of a seed: part of every later stage's config.json."""
+    guidance = {"cfg": flags.cfg} if flags.cfg != 1 else {}
     if flags.teacher == "train":
-        return {**origin(flags, seed), "teacher": "train", **common.stage_config(flags, "teacher")}
-    return {**origin(flags, seed), "teacher": "exact" if flags.teacher == "exact" else _teacher_hash(flags.teacher)}
+        return {**origin(flags, seed), "teacher": "train", **common.stage_config(flags, "teacher"), **guidance}
+    return {**origin(flags, seed), "teacher": "exact" if flags.teacher == "exact" else _teacher_hash(flags.teacher), **guidance}
 
 
 @functools.lru_cache

@@ -221,6 +221,8 @@ class Router:
         return torch.cdist(embedding.reshape(-1, embedding.shape[-1]), self.centroids.to(embedding)).argmin(-1).reshape(embedding.shape[:-1])
 
     def __call__(self, label: Tensor) -> Tensor:
+        if label.is_floating_point():                               # embeddings, not indices
+            return self.unseen(label)
         if label.numel() and not (0 <= int(label.min()) and int(label.max()) < len(self.table)):
             raise common.UserError(f"class {int(label.max() if label.min() >= 0 else label.min())}: "
                                    f"this run has classes 0 to {len(self.table) - 1}")
@@ -248,7 +250,7 @@ def route(G, router: Router, z: Tensor, label: Tensor) -> Tensor:
     place = torch.empty_like(k)
     place[order] = torch.arange(len(k), device=k.device) - (count.cumsum(0) - count)[k[order]]
     block_z = z.new_zeros(len(count), int(count.max()), *z.shape[1:])
-    block_label = label.new_zeros(len(count), int(count.max()))
+    block_label = label.new_zeros(len(count), int(count.max()), *label.shape[1:])
     block_z[k, place], block_label[k, place] = z, label
     return dmd.one_step(G, block_z, block_label)[k, place]
 
@@ -327,11 +329,15 @@ def load_students(folder, name: str = "best.pt", flags=None) -> Students:
 def generate(run, label: Tensor, seeds) -> Tensor:
     """One-step samples [B, *shape] of classes label [B] (int64), from the latents of `seeds` (B integers).
 
-    run: a students' folder (runs/toy/seed0/students8), or what `load_students` returned."""
+    Where conditions are embeddings (toy-prompts), label may be embeddings [B, d], also unseen ones: the router takes the student
+    of their quadrant, or of the nearest centroid. run: a students' folder (runs/toy/seed0/students8), or what `load_students` returned."""
     label = torch.as_tensor(label)
     students = run if isinstance(run, Students) else load_students(run)
     if len(seeds) != len(label):
         raise common.UserError(f"generate: {len(label)} labels but {len(seeds)} seeds; give one seed per sample")
+    if label.is_floating_point() and (not students.facts.embeddings or label.ndim != 2 or label.shape[1] != students.facts.embeddings().shape[1]):
+        raise common.UserError(f"generate: label {list(label.shape)} of {label.dtype}; {students.facts.name} takes class indices (int64) [B]"
+                               + (f" or embeddings [B, {students.facts.embeddings().shape[1]}]" if students.facts.embeddings else ""))
     students.G.to(label.device)
     z = latents(seeds, students.facts.shape).to(label.device)
     return route(students.G, students.router, z, label)

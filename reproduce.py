@@ -232,10 +232,10 @@ def per_seed(row: Row, flags: Flags) -> list[dict] | None:
     path = results_of(row.tag, flags)
     if not path.exists():
         return None
-    results = common.load_json(path, "stages", "teacher")
+    results = common.load_json(path, "students", "teacher")
     if row.K == 0:
         return results["teacher"]["per_seed"]
-    of_k = results["stages"].get(row.stage, {})
+    of_k = results.get("stages", {"dm": results["students"]}).get(row.stage, {})
     return of_k[str(row.K)]["per_seed"] if str(row.K) in of_k else None
 
 

@@ -98,7 +98,8 @@ def prompt_class(label: Tensor) -> Tensor:
 class ToyNet(nn.Module):
     """The toy's network F(x, c_noise, label) -> [..., 2]: `students` MLPs side by side, one batched matmul a layer.
 
-    embeddings: fixed rows E [classes, d] that label picks from, through a learned layer, in the place of a learned table.
+    embeddings: fixed rows E [classes, d] that label picks from, through a learned layer, in the place of a learned table; label may
+    then also be embeddings [K, B, d] themselves, which E does not hold.
 
     Every parameter has a leading student dimension K; x is [K, B, 2], c_noise [K, B], label [K, B] (None: no class).
     Student k's output depends on student k's weights and rows alone.
@@ -148,7 +149,7 @@ class ToyNet(nn.Module):
         embed = torch.baddbmm(self.b_embed, torch.cat([turn.cos(), turn.sin()], -1), self.w_noise)
         if label is not None:
             embed = embed + (self.table.gather(1, label[..., None].expand(-1, -1, self.table.shape[-1])) if self.E is None
-                             else torch.bmm(self.E[label], self.table))
+                             else torch.bmm(label if label.is_floating_point() else self.E[label], self.table))
         embed = F.silu(embed)                                                                   # [K, B, embed]
         sigma2 = (8 * c_noise).exp()                                                            # c_noise = ln(sigma) / 4
         s2 = sigma2 / (sigma2 + self.SIGMA_DATA ** 2)                                           # (c_in sigma)^2

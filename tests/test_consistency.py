@@ -261,6 +261,7 @@ def test_prompts_see_their_embeddings():
     out = net(x, c_noise, label)
     net.E = E.flip(0)
     torch.testing.assert_close(net(x, c_noise, 31 - label), out)
+    torch.testing.assert_close(net(x, c_noise, E[label]), out)      # the embeddings themselves
     x, sigma = torch.randn(1, 8, 2), torch.full((1, 8), 0.2)
     a, b = (facts.exact(x, sigma, torch.arange(8)[None] + shift) for shift in (0, 16))
     assert torch.equal(a, b) and torch.equal(a, toy_mog.denoiser(x, sigma, torch.arange(8)[None]))
@@ -275,4 +276,10 @@ def test_toy_prompts_by_quadrant_with_guidance(tmp_path):
     label = torch.arange(32)
     students = msd.load_students(tmp_path / "run/seed0/students4-quadrant")
     assert torch.equal(students.router(label), msd.quadrant(toy_mog.prompts()))
-    assert msd.generate(students, label, range(32)).shape == (32, 2)
+    E = toy_mog.prompts()
+    x = msd.generate(students, label, range(32))
+    assert x.shape == (32, 2) and torch.allclose(x, msd.generate(students, E, range(32)), atol=1e-6)
+    assert torch.isfinite(msd.generate(students, E[:5] + 0.3, range(5))).all()                  # unseen ones
+    for wrong in (E[:, :3], torch.rand(4)):
+        with pytest.raises(common.UserError, match="embeddings"):
+            msd.generate(students, wrong, range(len(wrong)))
