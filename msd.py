@@ -32,6 +32,7 @@ import functools
 import math
 import os
 import time
+import types
 from pathlib import Path
 
 import torch
@@ -529,6 +530,21 @@ def rank_map(students: int, world: int) -> list[str]:
     return [f"rank {r}: students {' '.join(str(k) for k in range(r, students, world))}" for r in range(world)]
 
 
+@functools.lru_cache
+def _forward_seconds(facts: data.Facts, members: int, batch: int, size: str, precision: str, device) -> float:
+    """A forward pass of a stack, timed once; of images at a smaller batch, scaled up."""
+    net = edm.ready(facts.net(members, size), facts.sigma_data, types.SimpleNamespace(precision=precision), device).requires_grad_(False)
+    timed = batch if facts.stacked else min(batch, 64 if device.type == "cuda" else 16 if math.prod(facts.shape) < 4096 else 1)
+    label = torch.zeros(members, timed, dtype=torch.int64, device=device)
+    z = torch.zeros(members, timed, *facts.shape, device=device)
+    times = []
+    for _ in range(5 if facts.stacked else 3):
+        begin = time.perf_counter()
+        dmd.one_step(net, z, label).sum().item()
+        times.append(time.perf_counter() - begin)
+    return sorted(times)[len(times) // 2] * batch / timed
+
+
 def estimate(flags: Flags, device, shared: bool = True) -> float:
     """Seconds the whole run will take from nothing on this machine alone, from timed forward passes: within a factor of two.
 
@@ -536,16 +552,7 @@ def estimate(flags: Flags, device, shared: bool = True) -> float:
     facts = data.facts(flags.dataset, flags.resolution)
 
     def forward(members: int, batch: int, size: str = "") -> float:
-        net = edm.ready(facts.net(members, size or flags.teacher_size), facts.sigma_data, flags, device).requires_grad_(False)
-        timed = batch if facts.stacked else min(batch, 64 if device.type == "cuda" else 16 if math.prod(facts.shape) < 4096 else 1)
-        label = torch.zeros(members, timed, dtype=torch.int64, device=device)
-        z = torch.zeros(members, timed, *facts.shape, device=device)
-        times = []
-        for _ in range(5 if facts.stacked else 3):
-            begin = time.perf_counter()
-            dmd.one_step(net, z, label).sum().item()
-            times.append(time.perf_counter() - begin)
-        return sorted(times)[len(times) // 2] * batch / timed
+        return _forward_seconds(facts, members, batch, size or flags.teacher_size, flags.precision, device)
 
     stages, seeds = flags.stages.split(","), flags.seeds if facts.stacked else 1
     members = flags.seeds * (sum(flags.students) if flags.student < 0 else sum(K > flags.student for K in flags.students))

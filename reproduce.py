@@ -288,11 +288,11 @@ def section(claim: Claim, flags: Flags) -> tuple[str, list[str]]:
     first = next(iter(found.values()))[0]
     more = [k for k in ("l1", "l1_data", "fd", "fd_data", "within", "modes", "mode_min", "mode_max") if k in first]
     runs = needed([claim])
-    seen = {r.name: samples_seen(r, flags) for r in claim.rows}
+    seen, cost = {r.name: samples_seen(r, flags) for r in claim.rows}, {r.name: training_cost(r, flags) for r in claim.rows}
     text = ["", f"## {claim.id}: {claim.text}", "", f"The paper: {claim.paper}. Ours, {claim.metric}: **{verdict}**.", "",
-            "| | " + " | ".join(more) + " | samples a student saw | seeds |", "|---" * (len(more) + 3) + "|"]
-    text += [f"| {name} | " + " | ".join(mean_sd([p[k] for p in seeds]) if k in seeds[0] else "" for k in more) + f" | {seen[name]:,} | {len(seeds)} |".replace("| 0 |", "| |")
-             for name, seeds in found.items()]
+            "| | " + " | ".join(more) + " | samples a student saw | training, all students, TFLOP | seeds |", "|---" * (len(more) + 4) + "|"]
+    text += [f"| {name} | " + " | ".join(mean_sd([p[k] for p in seeds]) if k in seeds[0] else "" for k in more)
+             + f" | {f'{seen[name]:,}' if seen[name] else ''} | {cost[name]} | {len(seeds)} |" for name, seeds in found.items()]
     text += ["", "| comparison | difference ± standard error | n | verdict |", "|---|---|---|---|"]
     text += [f"| {name} | {v['mean']:.4f}" + (f" ± {v['error']:.4f}" if v["error"] is not None else "") + f" | {v['n']} | {v['verdict']} |" for name, v in comparisons]
     text += [""] + [s for r in claim.rows for s in split_lines(r, flags)]
@@ -330,6 +330,32 @@ def samples_seen(row: Row, flags: Flags) -> int:
     config = common.load_json(path) if path else {}
     steps, batch = {"dm": ("steps", "batch"), "adm": ("adm_steps", "adm_batch"), "cd": ("cd_steps", "cd_batch"), "post": ("post_steps", "batch")}[row.stage]
     return config.get(steps, 0) * config.get(batch, 0)
+
+
+def multiply_adds(facts: data.Facts, size: str) -> int:
+    """Of one forward pass of the toy's network: every weight matrix once."""
+    return sum(p[0].numel() for name, p in facts.net(1, size).named_parameters() if p.shape[1] > 1 and name != "table")
+
+
+def training_cost(row: Row, flags: Flags) -> str:
+    """TFLOP (2 per multiply-add) of a row's last stage, K students together, as a text; "" where it is not counted.
+
+    In forward passes: forward and backward 3, a denoiser that is only asked 1. DM: G for KL and regression, mu_teacher and
+    mu_fake once per noise draw, mu_fake's turns; CD: f, the target, the teacher twice."""
+    path = next(iter(sorted(stage_folder(row, flags).glob("config.json"))), None) if row.K and row.stage in ("dm", "cd") else None
+    if path is None:
+        return ""
+    c = common.load_json(path)
+    facts = data.facts(c["dataset"])
+    if row.stage == "cd":
+        G, mu = 4 * c["cd_steps"], 2 * c["cd_steps"]
+    else:
+        kl = c["steps"] - (c["steps"] if c["dm_weight"] == 0 else c["reg_warmup"] if c["reg_weight"] > 0 else 0)
+        G = 3 * kl + 3 * c["steps"] * (c["reg_weight"] > 0) + (kl * (c["ttur"] - 1) + c["fake_warmup"] * (kl > 0))
+        mu = kl * (2 * c["draws"] + 3 * c["ttur"]) + 3 * c["fake_warmup"] * (kl > 0)
+    small = c.get("student_size") or facts.sizes[0]
+    total = row.K * (c["cd_batch"] if row.stage == "cd" else c["batch"]) * 2 * (G * multiply_adds(facts, small) + mu * multiply_adds(facts, facts.sizes[0]))
+    return f"{total / 1e12:.2f}"
 
 
 def stage_folder(row: Row, flags: Flags) -> Path:
