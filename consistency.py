@@ -8,17 +8,20 @@ t'; f at t is pulled to what a slow average of f says at t'. No pairs, no fake d
   f(x; sigma_min) = x by the scalings        [Song et al. 2023, Eq. 5, App. C]     boundary_scalings, student_of
   one step of the teacher's ODE              [EDM Alg. 1]                          heun_step
   consistency loss, target by EMA            [Song et al. 2023, Eq. 7, Alg. 2]     consistency_loss, train
-  what N levels can reach at best            (the N-point Heun sampler)            bound
+  what a perfect f gives, with N levels      (the N-point Heun sampler)            bound
 
 (Song et al. 2023: "Consistency Models", arXiv 2303.01469.) With N levels and Heun's steps, f imitates the N-point Heun sampler,
 whose own distance `bound` measures. Not here: consistency training without a teacher, growing N, several steps at sampling.
 
-Departures: the paper says of this only that it was done. N = 64 levels on the toy (18 are too few for its narrow modes, as for
-the sampler); N = 40 and mu = 0.95 on images are CM's. AdamW, with learning rates that decay, for CM's RAdam; an average of the
-weights is kept, at the best of several evaluations (as in dmd.py). Distances as in dmd.py: on the toy the root mean square.
-Errors add up along the N levels, so on the toy three things more: a batch of 512 per student; --cd-rise: the levels come in
-from below, since what f says at a level is worth no more than what it says below; --cd-focus: more than half of them where
-modes part (as iCT's noise law does, arXiv 2310.14189). f starts from the teacher's weights, as in CM.
+Departures: MSD says of this only that it was done; these are from Song et al.'s CD on ImageNet-64 (for cifar10: their CIFAR-10 run)
+ 1. AdamW for RAdam; weight decay, warm-up and clipping are those of the DM preset; the EMAs begin with a shorter memory.
+ 2. The checkpoint that is kept is the best of several evaluations (as in dmd.py), not the last.
+On the toy and on fashion-mnist also
+ 3. Distance: the root mean square, as in dmd.py, for LPIPS. Learning rates that decay.
+On the toy, where errors add up along the N levels, also
+ 4. N = 64 levels, not 40: 18 are too few for its narrow modes, as for the sampler; the target's mu is 0.97, not 0.95.
+ 5. --cd-rise: the levels come in from below, since what f says at a level is worth no more than what it says below.
+ 6. --cd-focus: more than half of the draws fall on levels where modes part (as in iCT's noise law, arXiv 2310.14189).
 
 Run      python consistency.py --dataset toy
          python msd.py --dataset toy --students 1 2 4 8 --method cd
@@ -42,7 +45,7 @@ from common import flag
 
 @dataclasses.dataclass
 class Flags(adm.Flags):
-    """Flags of CD; warm-up, decay, clipping and evaluation are those of DM."""
+    """Flags of CD; warm-up, clipping, weight decay and evaluation are those of DM."""
     cd_steps: int = flag(16_000, "updates of the student", "cd", low=1)
     cd_batch: int = flag(512, "batch per student", "cd", low=1)
     cd_lr: float = flag(1e-2, "learning rate (AdamW)", "cd", low=0)
@@ -126,13 +129,13 @@ def level_law(grid: Tensor, focus: float) -> Tensor:
     """Cumulative probabilities [N - 1] of drawing level i, the step from grid[i + 1] down to grid[i] (ascending, [N]).
 
     Uniform over the levels but for a share `focus`, which falls on ln sigma ~ N(-2, 1.4^2): where modes part, and f is hardest."""
-    normal = torch.special.ndtr((grid.double().log() + 2) / 1.4).diff()
+    normal = torch.special.ndtr((grid.log() + 2) / 1.4).diff()
     return (focus * normal / normal.sum() + (1 - focus) / len(normal)).cumsum(0)
 
 
 def draw_level(u: Tensor, law: Tensor, top: int) -> Tensor:
     """Levels 0 … top - 1 by this law, from uniform u [...]."""
-    return torch.searchsorted(law, u.double() * law[top - 1]).clamp(max=top - 1)
+    return torch.searchsorted(law, u.to(law.dtype) * law[top - 1]).clamp(max=top - 1)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -154,7 +157,7 @@ def train(run: common.Stage, flags: Flags, members, teacher, net, source, judge,
 
     B, N = flags.cd_batch, flags.cd_points
     grid = edm.sigma_bins(N).float().to(device)                                                 # ascending
-    law = level_law(edm.sigma_bins(N), flags.cd_focus).to(device)
+    law = level_law(edm.sigma_bins(N), flags.cd_focus).to(device, torch.float32 if device.type == "mps" else torch.float64)
     distance = dmd.lpips_distance(device) if flags.cd_distance == "lpips" else flags.cd_distance
     for step in run.range(start):
         rise = flags.cd_rise * flags.cd_steps
@@ -238,6 +241,8 @@ def main(argv=None):
     ranks = common.world(device)
     facts = data.facts(flags.dataset, flags.resolution)
     ranks.parts(flags.cd_batch, flags.micro_batch)
+    if flags.cd_distance == "lpips":
+        dmd.lpips_distance("cpu")                                   # are its weights there? Hours later is too late
     if ranks.rank == 0:
         print(f"consistency: one student of {flags.dataset}, {flags.cd_steps} updates of batch {flags.cd_batch}, {flags.cd_points} levels, on {device}, "
               f"into {flags.out}")

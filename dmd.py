@@ -448,6 +448,11 @@ def check_flags(flags: Flags) -> None:
     if flags.cfg != 1 and flags.teacher == "train" and flags.label_dropout == 0:
         raise common.UserError(f"--cfg {flags.cfg}: the teacher never learns to do without a class; give --label-dropout 0.1 too (a new teacher: "
                                f"another --out)")
+    if flags.cfg != 1 and flags.teacher not in ("train", "exact"):
+        beside = Path(flags.teacher).with_name("config.json")
+        if not (beside.exists() and common.load_json(beside).get("label_dropout")):
+            raise common.UserError(f"--cfg {flags.cfg}: {flags.teacher} does not say that it was trained with --label-dropout, so its answer without a class "
+                                   f"means nothing; leave --cfg out")
     for name in ("beta1", "beta2", "ema", "teacher_ema"):
         if getattr(flags, name) >= 1:
             raise common.UserError(f"{common.option(name)} {getattr(flags, name)}: must be below 1")
@@ -478,7 +483,8 @@ def get_inputs(flags: Flags, device, ranks, get_teachers=edm.get_teachers) -> In
         if ranks.rank == 0 and flags.features:
             fid.Inception(flags.features, device)
         regression = flags.reg_weight > 0 or getattr(flags, "adm_reg_weight", 0) > 0 or "post" in getattr(flags, "stages", "")
-        if ranks.rank == 0 and flags.distance == "lpips" and regression:
+        needed = flags.distance == "lpips" and regression or "cd" in getattr(flags, "stages", "") and flags.cd_distance == "lpips"
+        if ranks.rank == 0 and needed:
             lpips_distance("cpu")
         ranks.wait()
     teachers = get_teachers(flags, source, device, ranks)

@@ -209,17 +209,19 @@ class Router:
         self.table = torch.full((classes or sum(len(p) for p in parts),), -1)
         for k, part in enumerate(parts):
             self.table[part] = k
+        self.embeddings = embeddings
         self.centroids = None if embeddings is None else torch.stack([embeddings[part].mean(0) for part in parts])
         self.quadrants = embeddings is not None and len(parts) == 4 and all((quadrant(embeddings[part]) == k).all() for k, part in enumerate(parts))
 
     def unseen(self, embedding: Tensor) -> Tensor:
-        """Student index [...] for embeddings [..., d] that are none of the table's: by quadrant if the table is split so, else the
-        part with the nearest centroid. UserError if this router knows no embeddings."""
-        if self.quadrants:
-            return quadrant(embedding)
+        """Student index [...] for embeddings [..., d]: a row of the table goes to its own student, another one by quadrant if the
+        table is split so, else to the part with the nearest centroid. UserError if this router knows no embeddings."""
         if self.centroids is None:
             raise common.UserError("this router knows no embeddings; make it with Router(parts, embeddings=E)")
-        return torch.cdist(embedding.reshape(-1, embedding.shape[-1]), self.centroids.to(embedding)).argmin(-1).reshape(embedding.shape[:-1])
+        flat = embedding.reshape(-1, embedding.shape[-1])
+        k = quadrant(flat) if self.quadrants else torch.cdist(flat, self.centroids.to(flat)).argmin(-1)
+        near, row = (flat[:, None] - self.embeddings.to(flat)).abs().amax(-1).min(-1)
+        return torch.where(near < 1e-6, self.table.to(k.device)[row], k).reshape(embedding.shape[:-1])
 
     def __call__(self, label: Tensor) -> Tensor:
         if label.is_floating_point():                               # embeddings, not indices
@@ -424,10 +426,14 @@ def evaluate(flags: Flags, inputs: dmd.Inputs, parts: dict, device) -> dict:
 
 
 def cd_bound(flags: Flags, inputs: dmd.Inputs, seed: int, device) -> dict:
-    """What CD can reach at best: the distance of the N-point Heun sampler's own samples, from the reported latents. Made once and kept."""
-    path = Path(flags.out) / f"seed{seed}" / "reference" / f"bound-{flags.cd_points}.json"
+    """What a perfect f gives: the distance of the N-point Heun sampler's own samples, from the reported latents. Made once and kept.
+
+    A bound in that sense only: an f whose modes are by chance a little narrower can come nearer to the teacher's samples."""
+    facts, judge, m = data.facts(flags.dataset, flags.resolution), inputs.judge, data.DATASETS[flags.dataset].metric
+    own = classes_of(flags, facts)
+    of = common.suffix("-".join(filter(None, ["_".join(map(str, own or [])), "" if facts.stacked else Path(flags.features).stem or "classifier"])))
+    path = Path(flags.out) / f"seed{seed}" / "reference" / f"bound-{flags.cd_points}{of}.json"
     if not path.exists():
-        facts, judge, m = data.facts(flags.dataset, flags.resolution), inputs.judge, data.DATASETS[flags.dataset].metric
         label = data.stratified(flags.eval_samples, facts.classes)
         z = torch.randn(flags.eval_samples, *facts.shape, generator=common.generator(seed, "report z"))
         denoise = edm.mu_teacher(flags, inputs.teachers[edm.seeds(flags).index(seed)], facts.exact)
@@ -435,7 +441,7 @@ def cd_bound(flags: Flags, inputs: dmd.Inputs, seed: int, device) -> dict:
         x = torch.cat([consistency.bound(denoise, a[None].to(device), b[None].to(device), flags.cd_points)[0].cpu()
                        for a, b in common.bar(chunks, f"{flags.cd_points}-point sampler", len(chunks), flags.quiet)])
         mine = judge.statistics(x, label)
-        common.save_json(path, {m: judge.distance(mine, inputs.references[seed]["report"]), f"{m}_data": judge.distance(mine, inputs.references[seed]["real"])})
+        common.save_json(path, {m: judge.distance(mine, inputs.references[seed]["report"], own), f"{m}_data": judge.distance(mine, inputs.references[seed]["real"], own)})
     return common.load_json(path)
 
 
@@ -470,7 +476,7 @@ def results_config(flags: Flags, seed: int, stage: str) -> dict:
 
 def general_folder(flags: Flags, facts: data.Facts, seed: int, stage: str) -> Path | None:
     """The general student that --classes is compared with: K = 1, of the same size, without a tag of its own; None if it is not there."""
-    tag = default_tag(flags, facts, "")
+    tag = own_tag(flags, facts, "")
     folder = dmd.stage_folder(flags, seed, 1, stage, tag=tag)
     if not list(folder.glob("**/best.pt")):
         return None
@@ -589,7 +595,8 @@ def estimate(flags: Flags, device, shared: bool = True) -> float:
 
 def memory(flags: Flags, student: int, teacher: int, head: int) -> str:
     """What a rank keeps beside the activations, for networks of these numbers of weights: how large a GPU a student needs."""
-    held = {"teacher": teacher, "starts": student + teacher, "G": student, "mu_fake": teacher, **({"head": head} if head else {}),
+    held = {"teacher": teacher, "start": student, "f": student, "target": student, "average of f": student, "best of them": student, "gradients": student,
+            "AdamW": 2 * student} if flags.stages.endswith("cd") else {"teacher": teacher, "starts": student + teacher, "G": student, "mu_fake": teacher, **({"head": head} if head else {}),
             "average of G": student, "best of them": student, "gradients": student + teacher + head, "AdamW": 2 * (student + teacher + head)}
     return (f"memory of a student's rank, without activations: {sum(held.values()) * 4 / 2 ** 30:.2f} GiB in float32 ("
             + ", ".join(f"{k} {v * 4 / 2 ** 30:.2f}" for k, v in held.items()) + ")")
@@ -663,7 +670,7 @@ def check_stages(flags: Flags, facts: data.Facts) -> None:
         flags.students = [1]
     if "cd" in stages:
         consistency.check_flags(flags)
-    flags.tag = flags.tag or "-".join(filter(None, [default_tag(flags, facts, flags.classes), stages[-1] if stages[-1] in ("post", "cd") else ""]))
+    flags.tag = flags.tag or own_tag(flags, facts, flags.classes)
 
 
 def classes_of(flags: Flags, facts: data.Facts) -> list[int] | None:
@@ -679,11 +686,12 @@ def classes_of(flags: Flags, facts: data.Facts) -> list[int] | None:
     return own
 
 
-def default_tag(flags: Flags, facts: data.Facts, classes: str) -> str:
-    """Without --tag: smaller students, specialised ones and other partitions have folders of their own."""
+def own_tag(flags: Flags, facts: data.Facts, classes: str) -> str:
+    """Without --tag: smaller students, specialised ones, other partitions and other methods have folders of their own."""
     own = classes_of(flags, facts) if classes else None
     how = "" if flags.partition == "consecutive" else "".join(c for c in Path(flags.partition).stem if c.isalnum() or c in "_-")[:40] or "file"
-    return "-".join(filter(None, [flags.student_size, f"classes{'_'.join(map(str, own))}" if own else "", how]))
+    last = flags.stages.split(",")[-1]
+    return "-".join(filter(None, [flags.student_size, f"classes{'_'.join(map(str, own))}" if own else "", how, last if last in ("post", "cd") else ""]))
 
 
 def first_start(flags: Flags, facts: data.Facts, m: common.Member, teacher) -> dmd.Start:
@@ -929,7 +937,8 @@ def merged(path: Path, results: dict) -> dict:
     both = configs.keys() & results["configs"].keys()
     if both and all(configs[s] == results["configs"][s] for s in both) and all(old.get(k) == results[k] for k in ("seeds", "samples")):
         stages = {s: {**old["stages"].get(s, {}), **results["stages"].get(s, {})} for s in ONE_STEP if s in {*old["stages"], *results["stages"]}}
-        return {**results, "configs": {**configs, **results["configs"]}, "stages": stages, "students": list(stages.values())[-1]}
+        return {**results, "configs": {**configs, **results["configs"]}, "stages": stages, "students": list(stages.values())[-1],
+                "partition": {**old.get("partition", {}), **results.get("partition", {})}, **{k: old[k] for k in ("bound",) if k in old and k not in results}}
     kept = next(p for p in (path.with_suffix(f".previous{i or ''}.json") for i in range(10_000)) if not p.exists())
     path.replace(kept)
     print(f"\n{path} was of other seeds or flags: moved to {kept}")

@@ -153,13 +153,14 @@ def training(folders: dict, metric: str, title: str) -> plt.Figure:
             if name in m:
                 ax.plot(*over_students(m[name]), color=colour, label=f"K = {K}", marker="o" if name == metric else None, ms=3)
     K, m = list(runs.items())[-1]
-    bands = [n for n in m if n.startswith("fake loss")]
+    loss = "consistency loss" if any(n.startswith("consistency loss") for n in m) else "fake loss"
+    bands = [n for n in m if n.startswith(loss)]
     for i, name in enumerate(bands):
-        axes[3].plot(*over_students(m[name]), color=plt.cm.plasma(i / max(1, len(bands))), label=name.removeprefix("fake loss, "))
+        axes[3].plot(*over_students(m[name]), color=plt.cm.plasma(i / max(1, len(bands))), label=name.removeprefix(f"{loss}, "))
     for ax, title, ylabel in zip(axes, (
             "Distance of each student on its own classes", "Gap that drives the KL term",
-            "Regression loss", f"Fake denoiser's loss by noise level, K = {K}"),
-            (title, "mean $|\\mu_{fake} - \\mu_{real}|$", "distance to $y$", "weighted loss")):
+            "Regression loss", f"{'Consistency' if loss == 'consistency loss' else 'Fake denoiser' + chr(39) + 's'} loss by noise level, K = {K}"),
+            (title, "mean $|\\mu_{fake} - \\mu_{real}|$", "distance to $y$", "weighted loss" if loss == "fake loss" else "distance of neighbours")):
         ax.set(title=title, ylabel=ylabel, xlabel="generator updates")
         if ax.lines:
             ax.legend(fontsize=8)
@@ -167,6 +168,7 @@ def training(folders: dict, metric: str, title: str) -> plt.Figure:
             ax.text(0.5, 0.5, "not used in this run", ha="center", transform=ax.transAxes)
     axes[1].set_yscale("log" if axes[1].lines else "linear")
     axes[2].set_yscale("log" if axes[2].lines else "linear")
+    axes[3].set_yscale("log" if loss == "consistency loss" else "linear")
     return fig
 
 

@@ -5,7 +5,8 @@ command line of msd.py, kept in one run folder under its tag, so that claims sha
 students of all K and all seeds train as one stack.
 
 A verdict is computed, never typed: paired by seed, a is below b if the mean difference exceeds t(0.95, n - 1) standard errors
-(`common.verdict`); one seed is only "measured". A claim holds if all its comparisons do; if some do, the table says which.
+(`common.verdict`); if b is below a by as much, the reverse holds; else the two are not told apart. One seed is only "measured".
+A claim holds if all its comparisons do; if some do, the table says how many, and its section which.
 
   python reproduce.py --list                  the claims, and what is there of them
   python reproduce.py --claim split           one claim; several are separated by commas
@@ -19,6 +20,7 @@ Not here: what the runs do (msd.py), the papers' own scale: the numbers beside o
 """
 import contextlib
 import dataclasses
+import hashlib
 import math
 from pathlib import Path
 
@@ -54,7 +56,7 @@ RUNS = {                                                            # tag: the c
     "": "--students 1 2 4 8",
     "cd": "--students 1 2 4 8 --method cd",
     "batch32": "--students 4 --batch 32", "batch16": "--students 8 --batch 16",
-    "steps12000": "--students 1 --steps 12000",
+    "steps12000": "--students 1 --steps 12000 --reg-warmup 4000 --fake-warmup 1600",              # four times all of ""
     "random": "--students 2 4 --partition random", "kmeans": "--students 2 4 --partition kmeans",
     **{f"pairs{n}{own}{reg}": f"--students 4 --preset few-pairs --pairs {n}" + " --filter-pairs" * bool(own) + " --dm-weight 0" * bool(reg)
        for reg in ("", "-reg") for n in (PAIRS if not reg else (1000, 16_000)) for own in ("", "-own")},
@@ -66,13 +68,14 @@ RUNS = {                                                            # tag: the c
     "joint-fast": "--students 2 --stages adm --init dm-warm --adm-steps 3000 --adm-reg-weight 1 --adm-lr 2e-3",
     **{size: f"--students 1 2 4 8 --student-size {size} --stages tsm,dm,adm" for size in ("S", "XS", "XXS")},
     "XS-random": "--students 8 --student-size XS --stages dm --init random --steps 7000",
-    "XS-tsm": "--students 2 --student-size XS --stages tsm,dm,adm --tsm-steps 1000 --steps 6000",
     "XS-post": "--students 8 --student-size XS --stages post",
     **{f"width-{size}": f"--students 1 8 --student-size {size} --init random" for size in SIZES},
+    **{f"prompts-{how}": f"--dataset toy-prompts --students 4 --partition {how}" for how in ("random", "kmeans", "quadrant")},
     "fashion": "--dataset fashion-mnist --students 1 5",
 }
-FEWER = {"cd": 2, "S": 3, "XXS": 3, **{f"width-{size}": 3 for size in SIZES}}                    # long ones: at most so many seeds
-UNTAGGED, AFTER = ("", "adm", "adm2"), {"adm": [""], "adm2": [""], "continued": [""], "continued-reg": [""], "joint-fast": ["warm"], "XS-post": ["", "adm"]}
+FEWER = {"cd": 2, "S": 3, "XXS": 3, **{f"width-{size}": 3 for size in SIZES},
+         **{f"prompts-{how}": 3 for how in ("random", "kmeans", "quadrant")}}                    # long ones: at most so many seeds
+UNTAGGED, AFTER = ("", "adm", "adm2", "fashion"), {"adm": [""], "adm2": [""], "continued": [""], "continued-reg": [""], "joint-fast": ["warm"], "XS-post": ["", "adm"]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,23 +115,29 @@ CLAIMS = {c.id: c for c in (
     Claim("split", "consecutive and k-means both better than random", "FID, K = 4: 2.37, 2.39, 2.45",
           tuple(Row(f"{name}, K = {K}", tag, "dm", K) for K in (2, 4) for name, tag in (("consecutive", ""), ("k-means", "kmeans"), ("random", "random"))),
           tuple((f"{name}, K = {K}", f"random, K = {K}") for K in (2, 4) for name in ("consecutive", "k-means"))),
-    Claim("pairs", "paired data shared whole beat partitioned (K = 4)", "Fig. 7: partitioned pairs lose modes and end worse",
-          tuple(Row(f"{n}{', ' + own if own else ''}{', regression alone' if reg else ''}", f"pairs{n}{'-own' if own else ''}{reg}", "dm", 4)
-                for reg in ("", "-reg") for n in (PAIRS if not reg else (1000, 16_000)) for own in ("", "own")),
-          tuple((f"{n}{reg}", f"{n}, own{reg}") for reg in ("", ", regression alone") for n in (PAIRS if not reg else (1000, 16_000)))),
-    Claim("reg", "regression or TTUR: each makes DM work, neither does not (K = 2)", "Sec. I.2, no table",
+    Claim("split-prompts", "quadrants and k-means of embeddings better than random (toy-prompts, K = 4)", "Sec. 4.2: quadrants for text, not compared",
+          tuple(Row(name, f"prompts-{how}", "dm", 4) for name, how in (("quadrants", "quadrant"), ("k-means", "kmeans"), ("random", "random"))),
+          (("quadrants", "random"), ("k-means", "random"))),
+    Claim("pairs", "paired data shared whole beat partitioned (K = 4, DM + regression)", "Fig. 7: partitioned pairs lose modes and end worse",
+          tuple(Row(f"{n}{', own' if own else ''}", f"pairs{n}{own}", "dm", 4) for n in PAIRS for own in ("", "-own")),
+          tuple((f"{n}", f"{n}, own") for n in PAIRS)),
+    Claim("pairs-reg", "the same by regression alone, where nothing else can make up for lost modes", "not in the paper",
+          tuple(Row(f"{n}{', own' if own else ''}", f"pairs{n}{own}-reg", "dm", 4) for n in (1000, 16_000) for own in ("", "-own")),
+          tuple((f"{n}", f"{n}, own") for n in (1000, 16_000))),
+    Claim("reg", "regression (with its warm-up) or TTUR makes DM work; with neither it is worse (K = 2)", "Sec. I.2, no table",
           (Row("regression", "", "dm", 2), Row("TTUR 5", "ttur", "dm", 2), Row("both", "both", "dm", 2), Row("neither", "neither", "dm", 2)),
-          (("regression", "neither"), ("TTUR 5", "neither"), ("both", "regression"), ("both", "TTUR 5")), curve="dm"),
-    Claim("methods", "DMD and DMD2 (without GAN) strike a good balance; CD is worse (K = 2)", "FID and images seen: DMD 2.54, 130M; DMD2 2.61, 110M; CTM > 5, 3M",
-          (Row("DMD", "", "dm", 2), Row("DMD2", "ttur", "dm", 2), Row("CD", "cd", "cd", 2)), (("DMD", "CD"), ("DMD2", "CD")), curve="dm cd"),
+          (("regression", "neither"), ("TTUR 5", "neither")), curve="dm"),
+    Claim("methods", "DMD and DMD2 (without GAN) strike a good balance, CD is worse (K = 2, each with its preset's budget)",
+          "FID and images seen: DMD 2.54, 130M; DMD2 2.61, 110M; CTM > 5, 3M",
+          (Row("DMD", "", "dm", 2), Row("DMD2", "ttur", "dm", 2), Row("CD", "cd", "cd", 2)), (("DMD", "CD"), ("DMD2", "CD")), curve="dm"),
     Claim("adm", "ADM after DM improves on DM continued; two stages beat GAN from the start", "FID 2.37 -> 1.20; DMD2: 1.28 against 1.51",
           (Row("DM, K = 8", "", "dm", 8), Row("ADM, K = 8", "", "adm", 8), Row("DM continued", "continued", "adm", 8), Row("continued with regression", "continued-reg", "adm", 8),
            Row("two stages, K = 2", "", "adm", 2), Row("GAN from the start, K = 2", "joint-fast", "adm", 2)),
           (("ADM, K = 8", "DM continued"), ("ADM, K = 8", "continued with regression"), ("two stages, K = 2", "GAN from the start, K = 2")), "l1_data"),
-    Claim("tsm", "small students do not converge properly without TSM (XS, TSM's updates counted)", "Sec. 3.3",
-          (Row("TSM, DM: 4000 + 3000", "XS", "dm", 8), Row("random, DM: 7000", "XS-random", "dm", 8)), (("TSM, DM: 4000 + 3000", "random, DM: 7000"),), "l1_data"),
+    Claim("tsm", "small students do not converge properly without TSM (XS, K = 8, equal updates, TSM's of batch 384 counted)", "Sec. 3.3",
+          (Row("TSM, DM: 4000 + 3000", "XS", "dm", 8), Row("random, DM: 7000", "XS-random", "dm", 8)), (("TSM, DM: 4000 + 3000", "random, DM: 7000"),)),
     Claim("small", "small students (TSM, DM, ADM) come close to same-sized ones (within 10 %, K = 8)", "FID: S 2.88, B 1.20",
-          (Row("B", "", "adm", 8), Row("S", "S", "adm", 8), Row("XS", "XS", "adm", 8)), (("S", "1.1 x B"), ("XS", "1.1 x B")), "l1_data"),
+          (Row("B", "", "adm", 8), Row("S", "S", "adm", 8), Row("XS", "XS", "adm", 8)), (("S", "1.1 x B"), ("XS", "1.1 x B")), "l1_data"),            # the margin is ours
     Claim("fig8", "quality rises with student size, falls with classes covered", "Fig. 8",
           tuple(Row(f"{size}, K = {K}", size, "adm", K) for size in ("XXS", "XS", "S") for K in (1, 2, 4, 8)),
           (*((f"{size}, K = 8", f"{size}, K = 1") for size in ("XXS", "XS", "S")),
@@ -136,10 +145,10 @@ CLAIMS = {c.id: c for c in (
     Claim("post", "the three stages beat post-distillation (XS, K = 8)", "FID 2.88 against 11.67",
           (Row("three stages", "XS", "adm", 8), Row("post-distilled", "XS-post", "post", 8)), (("three stages", "post-distilled"),), "l1_data"),
     Claim("surpass", "ADM students surpass the teacher (K = 8)", "FID 1.20 against 2.32",
-          (Row("ADM", "", "adm", 8), Row("the teacher", "", "adm", 0)), (("ADM", "the teacher"),), "l1_data"),
-    Claim("capacity", "K's gain is one of capacity: narrower nets gain more", "stated, not measured",
+          (Row("ADM", "", "adm", 8), Row("the teacher, 79 evaluations", "", "adm", 0)), (("ADM", "the teacher, 79 evaluations"),), "l1_data"),
+    Claim("capacity", "K's gain is one of capacity: narrower nets gain more (ratio of K = 8 to K = 1)", "stated, not measured",
           tuple(Row(f"{size}, K = {K}", f"width-{size}", "dm", K) for size in SIZES for K in (1, 8)),
-          tuple((f"{b}, K = 1 - {b}, K = 8", f"{a}, K = 1 - {a}, K = 8") for a, b in zip(SIZES, SIZES[1:]))),
+          tuple((f"{a}, K = 8 / {a}, K = 1", f"{b}, K = 8 / {b}, K = 1") for a, b in zip(SIZES, SIZES[1:]))),
     Claim("compute", "K students against one at K times the compute: same total training FLOPs", "asked by reviewers",
           (Row("1 student, 1 unit", "", "dm", 1), Row("4 students, 1 unit", "batch32", "dm", 4), Row("8 students, 1 unit", "batch16", "dm", 8),
            Row("1 student, 4 units", "steps12000", "dm", 1), Row("4 students, 4 units", "", "dm", 4)),
@@ -154,10 +163,10 @@ CLAIMS = {c.id: c for c in (
 
 def command_line(tag: str, flags: Flags) -> list[str]:
     """The arguments of msd.py for a run."""
-    argv = RUNS[tag].split()
-    if "fashion-mnist" in argv:
-        return [*argv, "--out", str(Path(folder(flags)) / "fashion-mnist")]
-    argv += ["--dataset", "toy", "--out", folder(flags), "--seeds", "1" if flags.quick else str(min(flags.seeds, FEWER.get(tag, flags.seeds)))]
+    argv = [*RUNS[tag].split(), "--out", str(home(tag, flags))]
+    if tag == "fashion":
+        return argv
+    argv += ["--seeds", "1" if flags.quick else str(min(flags.seeds, FEWER.get(tag, flags.seeds)))]
     argv += ["--tag", tag] if tag not in UNTAGGED else []
     if flags.smoke:                                                 # the preset's own pairs and updates
         for name in ("--preset", "--steps", "--reg-warmup", "--adm-steps", "--tsm-steps", "--pairs"):
@@ -172,6 +181,12 @@ def command_line(tag: str, flags: Flags) -> list[str]:
     return argv
 
 
+def home(tag: str, flags: Flags) -> Path:
+    """The run folder of a run: of another dataset than the toy, a folder inside."""
+    argv = RUNS[tag].split()
+    return Path(folder(flags)) / (argv[argv.index("--dataset") + 1] if "--dataset" in argv else "")
+
+
 def folder(flags: Flags) -> str:
     """The run folder."""
     return flags.out or ("runs/quick" if flags.quick else "runs/reproduce")
@@ -179,14 +194,21 @@ def folder(flags: Flags) -> str:
 
 def results_of(tag: str, flags: Flags) -> Path:
     """Where msd.py leaves the numbers of a run."""
-    out = Path(folder(flags))
-    return out / "fashion-mnist" / "results.json" if tag == "fashion" else out / f"results{common.suffix('' if tag in UNTAGGED else tag)}.json"
+    return home(tag, flags) / f"results{common.suffix('' if tag in UNTAGGED else tag)}.json"
 
 
 def finished(flags: Flags) -> dict:
-    """{tag: command line} of the runs that have ended."""
+    """{tag: what `said` of it} of the runs that have ended."""
     path = Path(folder(flags)) / "runs.json"
-    return {tag: argv for tag, argv in (common.load_json(path) if path.exists() else {}).items() if tag in RUNS and results_of(tag, flags).exists()}
+    return {tag: text for tag, text in (common.load_json(path) if path.exists() else {}).items() if tag in RUNS and results_of(tag, flags).exists()}
+
+
+def said(tag: str, flags: Flags) -> str:
+    """A run as runs.json keeps it: its command line and a hash of all values, defaults too: a run of other values is another run."""
+    argv = command_line(tag, flags)
+    full = common.parse(msd.Flags, msd.PRESETS, argv)
+    values = [(f.name, getattr(full, f.name)) for f in dataclasses.fields(full) if f.name not in ("quiet", "device", "threads", "against", "target_l1")]
+    return f"{' '.join(argv)} # {hashlib.blake2b(repr(values).encode(), digest_size=6).hexdigest()}"
 
 
 def needed(claims: list[Claim]) -> list[str]:
@@ -208,10 +230,7 @@ def train(tags: list[str], flags: Flags) -> None:
     """Run msd.py for each tag that has not ended; its output goes to OUT/logs, bars stay on the screen."""
     out = Path(folder(flags))
     for i, tag in enumerate(tags):
-        argv, done = command_line(tag, flags), finished(flags)
-        name = tag or "dm"
-        if done.get(tag) == argv:
-            continue
+        argv, name = command_line(tag, flags), tag or "dm"
         print(f"[{i + 1}/{len(tags)}] {name}: python msd.py {' '.join(argv)}", flush=True)
         log = out / "logs" / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -222,7 +241,7 @@ def train(tags: list[str], flags: Flags) -> None:
             if stopped.code:
                 print(f"{name} stopped ({log}); the same command goes on from here")
                 raise
-        common.save_json(out / "runs.json", {**finished(flags), tag: argv})
+        common.save_json(out / "runs.json", {**finished(flags), tag: said(tag, flags)})
 
 
 # ------------------------------------------------------------------------------------------------------- numbers, verdicts
@@ -240,29 +259,38 @@ def per_seed(row: Row, flags: Flags) -> list[dict] | None:
 
 
 def values(name: str, numbers: dict[str, list[float]]) -> list[float]:
-    """Per seed: a row's numbers, "1.1 x ROW", or the difference "ROW - ROW"."""
-    if " - " in name:
-        a, b = (numbers[n] for n in name.split(" - "))
-        return [x - y for x, y in zip(a, b)]
+    """Per seed: a row's numbers, "1.1 x ROW", or the ratio "ROW / ROW"."""
+    if " / " in name:
+        a, b = (numbers[n] for n in name.split(" / "))
+        return [x / y for x, y in zip(a, b)]
     factor, _, rest = name.partition(" x ")
     return [float(factor) * v for v in numbers[rest]] if rest in numbers and name not in numbers else numbers[name]
 
 
 def judge(claim: Claim, numbers: dict[str, list[float]]) -> tuple[str, list[tuple[str, dict]]]:
-    """(the claim's verdict, [(comparison, common.verdict …)]) from numbers {row name: [one per seed]}."""
+    """(the claim's verdict, [(comparison, common.verdict …)]) from numbers {row name: [one per seed]}.
+
+    A comparison that does not hold says whether its reverse does, or whether the two are not told apart."""
     found = []
     for a, b in claim.below:
         left, right = values(a, numbers), values(b, numbers)
         n = min(len(left), len(right))                              # the seeds that both have
         left, right = (right, left) if claim.more else (left, right)
-        found.append((f"{a} {'above' if claim.more else 'below'} {b}", common.verdict(left[:n], right[:n])))
+        v = common.verdict(left[:n], right[:n])
+        if v["verdict"] == "does not hold":
+            v["verdict"] = "the reverse holds" if common.verdict(right[:n], left[:n])["verdict"] == "holds" else "not told apart"
+        found.append((f"{a} {'above' if claim.more else 'below'} {b}", v))
     said = [v["verdict"] for _, v in found]
     if all(s == "measured" for s in said):
         return "measured: " + ("as claimed" if all(v["mean"] > 0 for _, v in found) else "not as claimed"
                                if all(v["mean"] <= 0 for _, v in found) else "in part as claimed"), found
-    if all(s == "holds" for s in said) or not any(s == "holds" for s in said):
-        return said[0], found
-    return "holds for " + "; ".join(name for name, v in found if v["verdict"] == "holds"), found
+    holds, reverse = said.count("holds"), said.count("the reverse holds")
+    if holds == len(said):
+        return "holds", found
+    if holds:
+        return f"holds in {holds} of {len(said)} comparisons" + (f", the reverse in {reverse}" if reverse else ""), found
+    return "does not hold" + (": the reverse does" if reverse == len(said) else f": the reverse does in {reverse} of {len(said)} comparisons" if reverse
+                              else ": not told apart"), found
 
 
 def mean_sd(v: list[float]) -> str:
@@ -290,7 +318,7 @@ def section(claim: Claim, flags: Flags) -> tuple[str, list[str]]:
     runs = needed([claim])
     seen, cost = {r.name: samples_seen(r, flags) for r in claim.rows}, {r.name: training_cost(r, flags) for r in claim.rows}
     text = ["", f"## {claim.id}: {claim.text}", "", f"The paper: {claim.paper}. Ours, {claim.metric}: **{verdict}**.", "",
-            "| | " + " | ".join(more) + " | samples a student saw | training, all students, TFLOP | seeds |", "|---" * (len(more) + 4) + "|"]
+            "| | " + " | ".join(more) + " | last stage: samples a student saw | its training, all students, TFLOP | seeds |", "|---" * (len(more) + 4) + "|"]
     text += [f"| {name} | " + " | ".join(mean_sd([p[k] for p in seeds]) if k in seeds[0] else "" for k in more)
              + f" | {f'{seen[name]:,}' if seen[name] else ''} | {cost[name]} | {len(seeds)} |" for name, seeds in found.items()]
     text += ["", "| comparison | difference ± standard error | n | verdict |", "|---|---|---|---|"]
@@ -305,7 +333,7 @@ def section(claim: Claim, flags: Flags) -> tuple[str, list[str]]:
 
 def split_lines(row: Row, flags: Flags) -> list[str]:
     """For the claim about partitions: how alike the conditions of one student are."""
-    if not row.name.startswith(("consecutive", "k-means", "random")):
+    if not row.name.startswith(("consecutive", "k-means", "random", "quadrants")):
         return []
     split = common.load_json(results_of(row.tag, flags)).get("partition", {}).get(str(row.K))
     if not split or None in split["within"]:
@@ -316,10 +344,10 @@ def split_lines(row: Row, flags: Flags) -> list[str]:
 
 def lines(claim: Claim, flags: Flags) -> dict:
     """Levels worth a line in the claim's figure: floor, teacher, bound."""
-    results = common.load_json(results_of(claim.rows[0].tag, flags))
-    m = claim.metric
+    all_results = [common.load_json(results_of(tag, flags)) for tag in dict.fromkeys(r.tag for r in claim.rows)]
+    results, m = all_results[0], claim.metric
     out = {"the teacher": results["teacher"][m]} if m.endswith("_data") and claim.id != "surpass" else {"floor: two draws of the teacher": results["floor"]} if m == "l1" else {}
-    return out | ({f"{results['bound']['points']}-point Heun sampler": results["bound"][m]} if m in results.get("bound", {}) else {})
+    return out | {f"{r['bound']['points']}-point Heun sampler": r["bound"][m] for r in all_results if m in r.get("bound", {})}
 
 
 def samples_seen(row: Row, flags: Flags) -> int:
@@ -360,8 +388,7 @@ def training_cost(row: Row, flags: Flags) -> str:
 
 def stage_folder(row: Row, flags: Flags) -> Path:
     """The row's stage folder of the first seed."""
-    out = Path(folder(flags)) / ("fashion-mnist" if row.tag == "fashion" else "")
-    return out / "seed0" / f"students{row.K}{common.suffix('' if row.tag in (*UNTAGGED, 'fashion') else row.tag)}" / row.stage
+    return home(row.tag, flags) / "seed0" / f"students{row.K}{common.suffix('' if row.tag in UNTAGGED else row.tag)}" / row.stage
 
 
 def curves(claim: Claim, flags: Flags) -> dict:
@@ -399,6 +426,8 @@ def write(claims: list[Claim], flags: Flags) -> None:
 
 def chosen(flags: Flags) -> list[Claim]:
     """The claims asked for. UserError if one is not known, with names that sound like it."""
+    if flags.quick and (flags.images or "fig4-images" in flags.claim):
+        raise common.UserError("--quick: the toy only; leave --images and fig4-images out")
     if flags.all:
         return [c for c in CLAIMS.values() if flags.images or c.id != "fig4-images"]
     names = [n.strip() for n in flags.claim.split(",") if n.strip()]
@@ -419,20 +448,22 @@ def main(argv=None):
     if flags.list:
         for c in CLAIMS.values():
             tags = needed([c])
-            there = sum(done.get(t) == command_line(t, flags) for t in tags)
+            there = sum(done.get(t) == said(t, flags) for t in tags)
             print(f"  {c.id:<12} {c.text}\n               paper: {c.paper}; {there} of {len(tags)} runs are there")
         return
     claims = chosen(flags)
-    todo = [t for t in needed(claims) if done.get(t) != command_line(t, flags)]
+    todo = [t for t in needed(claims) if done.get(t) != said(t, flags)]
     device = common.device("auto", 0)
-    total = sum(hours(t, flags, device, shared=i == 0 and not done) for i, t in enumerate(todo))
+    first = {home(t, flags): t for t in reversed(todo) if home(t, flags) not in {home(d, flags) for d in done}}       # makes what a folder's runs share
+    total = sum(hours(t, flags, device, t in first.values()) for t in todo)
     print(f"reproduce: {', '.join(c.id for c in claims)}; {len(todo)} of {len(needed(claims))} runs to do, {1 if flags.quick else flags.seeds} seed(s), "
           f"about {f'{total:.1f} hours' if total > 1.5 else f'{60 * total:.0f} min'}, into {folder(flags)}", flush=True)
     if flags.dry_run:
         print("\n".join(f"  python msd.py {' '.join(command_line(t, flags))}" for t in todo))
         return
     train(todo, flags)
-    everything = [c for c in CLAIMS.values() if c in claims or all(t in finished(flags) for t in needed([c]))]
+    done = finished(flags)
+    everything = [c for c in CLAIMS.values() if c in claims or all(done.get(t) == said(t, flags) for t in needed([c]))]
     write(everything, flags)
 
 

@@ -12,6 +12,7 @@ Images   python sample.py --run runs/fashion-mnist --students 5 --seeds 0-99 --f
 """
 import dataclasses
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,7 @@ def main(argv=None):
             facts = D.facts
         else:
             raise common.UserError(f"{home / 'teacher'}: no teacher here (it came from a file?); sample with --of students")
+        D = edm.mu_teacher(types.SimpleNamespace(teacher="file", cfg=about.get("cfg", 1)), D)   # as the students' teacher was
         samplers["teacher"] = lambda z, label: sample_teacher(D, z, label, steps, flags.S_churn, seeds, facts.chunk)
         evaluations["teacher"] = 2 * steps - 1
     if flags.of != "teacher":

@@ -77,6 +77,8 @@ def test_the_router_of_embeddings_agrees_with_the_partition():
         assert torch.equal(router.unseen(table), router(label))
         assert torch.equal(router.unseen(table + 0.01 * (torch.rand(table.shape) - 0.5)), router(label))                        # nearly a known one
         assert router.unseen(table[:6].reshape(2, 3, -1)).shape == (2, 3)
+    parts = msd.partition(16, 4, "random", E)                       # a known embedding has a student, whatever its neighbours'
+    assert torch.equal(msd.Router(parts, embeddings=E).unseen(E), msd.Router(parts)(torch.arange(16)))
     with pytest.raises(common.UserError):
         msd.Router(msd.partition(8, 2)).unseen(torch.zeros(1, 2))
 

@@ -2,8 +2,11 @@
 import pytest
 
 import common
+import data
+import dmd
 import msd
 import reproduce
+import tsm
 from conftest import refused
 from reproduce import Claim, Row
 
@@ -19,10 +22,13 @@ GOOD, BAD, NEAR = [0.20, 0.21, 0.19, 0.22, 0.20], [0.30, 0.31, 0.29, 0.31, 0.30]
 def test_verdict_both_ways():
     verdict, found = reproduce.judge(claim(("a", "b")), {"a": GOOD, "b": BAD})
     assert verdict == "holds" and found[0][1]["n"] == 5
-    assert reproduce.judge(claim(("b", "a")), {"a": GOOD, "b": BAD})[0] == "does not hold"
-    assert reproduce.judge(claim(("a", "b")), {"a": GOOD, "b": NEAR})[0] == "does not hold"     # too near to tell
+    assert reproduce.judge(claim(("b", "a")), {"a": GOOD, "b": BAD})[0] == "does not hold: the reverse does"
+    assert reproduce.judge(claim(("a", "b")), {"a": GOOD, "b": NEAR})[0] == "does not hold: not told apart"
     assert reproduce.judge(claim(("a", "b"), more=True), {"a": BAD, "b": GOOD})[0] == "holds"   # where more is better
-    assert reproduce.judge(claim(("a", "b"), ("a", "c")), {"a": GOOD, "b": BAD, "c": NEAR})[0] == "holds for a below b"
+    verdict, found = reproduce.judge(claim(("a", "b"), ("a", "c")), {"a": GOOD, "b": BAD, "c": NEAR})
+    assert verdict == "holds in 1 of 2 comparisons" and [v["verdict"] for _, v in found] == ["holds", "not told apart"]
+    assert reproduce.judge(claim(("a", "b"), ("b", "a")), {"a": GOOD, "b": BAD})[0] == "holds in 1 of 2 comparisons, the reverse in 1"
+    assert reproduce.judge(claim(("a", "c"), ("b", "a")), {"a": GOOD, "b": BAD, "c": NEAR})[0] == "does not hold: the reverse does in 1 of 2 comparisons"
     assert reproduce.judge(claim(("a", "b")), {"a": GOOD[:1], "b": BAD[:1]})[0] == "measured: as claimed"
     assert reproduce.judge(claim(("b", "a")), {"a": GOOD[:1], "b": BAD[:1]})[0] == "measured: not as claimed"
     assert reproduce.judge(claim(("a", "b")), {"a": GOOD[:3], "b": BAD})[1][0][1]["n"] == 3     # the seeds that both have
@@ -30,12 +36,14 @@ def test_verdict_both_ways():
 
 def test_derived_values():
     numbers = {"a": [1.0, 2.0], "b": [0.5, 0.5], "1 x 128": [7.0], "XS, K = 1": [3.0], "XS, K = 8": [1.0]}
-    assert reproduce.values("1.1 x a", numbers) == [1.1, 2.2] and reproduce.values("a - b", numbers) == [0.5, 1.5]
-    assert reproduce.values("1 x 128", numbers) == [7.0] and reproduce.values("XS, K = 1 - XS, K = 8", numbers) == [2.0]
+    assert reproduce.values("1.1 x a", numbers) == [1.1, 2.2] and reproduce.values("a / b", numbers) == [2.0, 4.0]
+    assert reproduce.values("1 x 128", numbers) == [7.0] and reproduce.values("XS, K = 1 / XS, K = 8", numbers) == [3.0]
 
 
 def test_claims_are_consistent():
-    """Every comparison names rows of its claim, every row a run, every run is a legal command line; ids as in the table of README."""
+    """Every comparison names rows of its claim, every row a run, every run is used and a legal command line."""
+    used = set(reproduce.needed(list(reproduce.CLAIMS.values())))
+    assert used == set(reproduce.RUNS)
     for c in reproduce.CLAIMS.values():
         numbers = {r.name: [1.0] for r in c.rows}
         assert len(numbers) == len(c.rows)
@@ -51,6 +59,8 @@ def test_claims_are_consistent():
         flags = reproduce.Flags(quick=quick)
         for tag in reproduce.RUNS:
             full = common.parse(msd.Flags, msd.PRESETS, reproduce.command_line(tag, flags))
+            dmd.check_flags(full), tsm.check_flags(full), msd.check_stages(full, data.facts(full.dataset))
+            assert reproduce.said(tag, flags) == reproduce.said(tag, flags) != reproduce.said(tag, reproduce.Flags(quick=not quick))
             assert full.seeds == (1 if quick or tag == "fashion" else reproduce.FEWER.get(tag, 5))
 
 
@@ -75,14 +85,19 @@ def test_list_and_dry_run(capsys, tmp_path):
 
 
 def test_a_killed_claim_goes_on_without_repeating_finished_runs(tmp_path, monkeypatch, capsys):
-    started, original = [], msd.main
+    started, original, step = [], msd.main, dmd.kl_gradient
 
     def watched(argv):
         started.append(argv[argv.index("--tag") + 1] if "--tag" in argv else "dm")
-        if started.count("ttur") == 1 and started[-1] == "ttur":
-            raise KeyboardInterrupt
         return original(argv)
+
+    def killed(*args):
+        if started == ["dm", "ttur"] and next(count) == 3:
+            raise KeyboardInterrupt                                 # in the midst of its training
+        return step(*args)
+    count = iter(range(1000))
     monkeypatch.setattr(msd, "main", watched)
+    monkeypatch.setattr(dmd, "kl_gradient", killed)
     argv = ["--claim", "reg,diversity", "--smoke", "--quiet", "--out", str(tmp_path / "q")]
     with pytest.raises(SystemExit) as stop:
         reproduce.main(argv)
