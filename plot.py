@@ -143,32 +143,29 @@ def by_student(folders: dict) -> plt.Figure:
 
 
 def training(folders: dict, metric: str, title: str) -> plt.Figure:
-    """Curves of the first seed, means over the students of each K."""
-    fig, axes = plt.subplots(1, 4, figsize=(17, 3.8))
+    """Curves of the first seed, means over the students of each K: of DM four panels, of CD two."""
     runs = {K: read_metrics(f) for K, f in sorted(folders.items())}
     runs = {K: m for K, m in runs.items() if m}
-    for i, (K, m) in enumerate(runs.items()):
-        colour = plt.cm.viridis(i / max(1, len(runs)))
-        for ax, name in zip(axes, (metric, "gap", "regression")):
-            if name in m:
-                ax.plot(*over_students(m[name]), color=colour, label=f"K = {K}", marker="o" if name == metric else None, ms=3)
-    K, m = list(runs.items())[-1]
-    loss = "consistency loss" if any(n.startswith("consistency loss") for n in m) else "fake loss"
-    bands = [n for n in m if n.startswith(loss)]
-    for i, name in enumerate(bands):
-        axes[3].plot(*over_students(m[name]), color=plt.cm.plasma(i / max(1, len(bands))), label=name.removeprefix(f"{loss}, "))
-    for ax, title, ylabel in zip(axes, (
-            "Distance of each student on its own classes", "Gap that drives the KL term",
-            "Regression loss", f"{'Consistency' if loss == 'consistency loss' else 'Fake denoiser' + chr(39) + 's'} loss by noise level, K = {K}"),
-            (title, "mean $|\\mu_{fake} - \\mu_{real}|$", "distance to $y$", "weighted loss" if loss == "fake loss" else "distance of neighbours")):
-        ax.set(title=title, ylabel=ylabel, xlabel="generator updates")
+    K, last = list(runs.items())[-1]
+    cd = any(n.startswith("consistency loss") for n in last)
+    loss, name = ("consistency loss, ", "Consistency loss") if cd else ("fake loss, ", "Fake denoiser's loss")
+    panels = {metric: ("Distance of each student on its own classes", title), "gap": ("Gap that drives the KL term", "mean $|\\mu_{fake} - \\mu_{real}|$"),
+              "regression": ("Regression loss", "distance to $y$"), loss: (f"{name} by noise level, K = {K}", "distance of neighbours" if cd else "weighted loss")}
+    panels = {k: v for k, v in panels.items() if not cd or k in (metric, loss)}
+    fig, axes = plt.subplots(1, len(panels), figsize=(4.25 * len(panels), 3.8))
+    for ax, (what, (heading, ylabel)) in zip(axes, panels.items()):
+        if what == loss:
+            bands = [n for n in last if n.startswith(loss)]
+            for i, band in enumerate(bands):
+                ax.plot(*over_students(last[band]), color=plt.cm.plasma(i / max(1, len(bands))), label=band.removeprefix(loss))
+        for i, (students, m) in enumerate(runs.items()):
+            if what in m:
+                ax.plot(*over_students(m[what]), color=plt.cm.viridis(i / max(1, len(runs))), label=f"K = {students}", marker="o" if what == metric else None, ms=3)
+        ax.set(title=heading, ylabel=ylabel, xlabel="generator updates", yscale="log" if ax.lines and (what in ("gap", "regression") or cd and what == loss) else "linear")
         if ax.lines:
             ax.legend(fontsize=8)
         else:
             ax.text(0.5, 0.5, "not used in this run", ha="center", transform=ax.transAxes)
-    axes[1].set_yscale("log" if axes[1].lines else "linear")
-    axes[2].set_yscale("log" if axes[2].lines else "linear")
-    axes[3].set_yscale("log" if loss == "consistency loss" else "linear")
     return fig
 
 

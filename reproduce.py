@@ -14,7 +14,7 @@ A claim holds if all its comparisons do; if some do, the table says how many, an
   python reproduce.py --all --quick           all, small: one seed, a fifth of the updates; nothing but "measured"
 
 Killed, the same command goes on: a finished run is not started again (OUT/runs.json), an unfinished one goes on where its last
-checkpoint stands. Writes OUT/RESULTS.md and OUT/figures/claim-ID.png; what each run printed: OUT/logs.
+checkpoint stands. Writes OUT/RESULTS.md, OUT/RESULTS.json (every seed) and OUT/figures/claim-ID.png; what each run printed: OUT/logs.
 
 Not here: what the runs do (msd.py), the papers' own scale: the numbers beside ours are FID on ImageNet-64 and measure another thing.
 """
@@ -420,6 +420,7 @@ def write(claims: list[Claim], flags: Flags) -> None:
             "| id | claim | paper | ours, mean ± sd | n | verdict |", "|---|---|---|---|---|---|"]
     text = "\n".join([*head, *[line for line, _ in made], *[t for _, body in made for t in body]]) + "\n"
     common.write_atomic(results_path(flags), lambda t: t.write_text(text))
+    common.save_json(results_path(flags).with_suffix(".json"), {c.id: {r.name: per_seed(r, flags) for r in c.rows} for c in claims})
     print("\n".join(head[-2:] + [line for line, _ in made]))
     print(f"\nresults: {results_path(flags)}\nfigures: {Path(folder(flags)) / 'figures'}/claim-*.png")
 
