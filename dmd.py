@@ -443,16 +443,7 @@ def check_flags(flags: Flags) -> None:
     for name in ("pairs", "eval_samples", "select_samples") if not facts.stacked else ():
         if getattr(flags, name) < 2 * facts.classes:                # every class needs a mean and a covariance
             raise common.UserError(f"{common.option(name)} {getattr(flags, name)}: at least two per class, {2 * facts.classes}")
-    if flags.label_dropout >= 1:
-        raise common.UserError(f"--label-dropout {flags.label_dropout}: must be below 1, or the teacher learns no class")
-    if flags.cfg != 1 and flags.teacher == "train" and flags.label_dropout == 0:
-        raise common.UserError(f"--cfg {flags.cfg}: the teacher never learns to do without a class; give --label-dropout 0.1 too (a new teacher: "
-                               f"another --out)")
-    if flags.cfg != 1 and flags.teacher not in ("train", "exact"):
-        beside = Path(flags.teacher).with_name("config.json")
-        if not (beside.exists() and common.load_json(beside).get("label_dropout")):
-            raise common.UserError(f"--cfg {flags.cfg}: {flags.teacher} does not say that it was trained with --label-dropout, so its answer without a class "
-                                   f"means nothing; leave --cfg out")
+    edm.check_guidance(flags)
     for name in ("beta1", "beta2", "ema", "teacher_ema"):
         if getattr(flags, name) >= 1:
             raise common.UserError(f"{common.option(name)} {getattr(flags, name)}: must be below 1")
@@ -562,8 +553,8 @@ def _row(path: Path, changed: int, k: int) -> edm.Precond:
 _read = functools.lru_cache(maxsize=1)(lambda path, changed: read_students(path))     # a stack's rows are asked for one after another
 
 
-def start_from(home: Path, name: str, k: int) -> Start:
-    """The start that another stage's folder holds. UserError if that stage is not there."""
+def start_from(home: Path, name: str, k: int, classes: tuple[int, ...] = ()) -> Start:
+    """The start that another stage's folder holds. UserError if that stage is not there, or is of other classes than these."""
     path = home / f"student{k}" if (home / f"student{k}").is_dir() else home
     if not (path / name).exists():
         raise common.UserError(f"{path}: no {name} to start from; train that stage first")
@@ -572,6 +563,10 @@ def start_from(home: Path, name: str, k: int) -> Start:
     saved = common.load_tensors(path / name, mmap=True)             # mapped: not read whole for its size
     if not isinstance(saved, dict) or "size" not in saved:
         raise common.UserError(f"{path / name}: not a students' checkpoint of this code")
+    theirs = saved.get("partition", [[]])[k if path == home else 0] if classes else []
+    if classes and sorted(theirs) != sorted(classes):
+        raise common.UserError(f"{home}: its student {k} has the classes {' '.join(map(str, theirs))}, this one {' '.join(map(str, sorted(classes)))}; "
+                               f"start from students of the same --partition")
     return Start(f"{home.parent.name}/{home.name} {digest}", saved["size"], lambda: load_student(home, name, k), home)
 
 

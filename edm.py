@@ -240,6 +240,25 @@ def mu_teacher(flags, D, exact=None):
     return guided
 
 
+def check_guidance(flags) -> None:
+    """--label-dropout and --cfg together, and with --teacher. UserError for what cannot be."""
+    dropped = getattr(flags, "source", {}).get("label_dropout") == "flag"
+    if flags.label_dropout >= 1:
+        raise common.UserError(f"--label-dropout {flags.label_dropout}: must be below 1, or the teacher learns no class")
+    if flags.teacher != "train" and flags.label_dropout > 0 and dropped:
+        raise common.UserError(f"--label-dropout {flags.label_dropout}: of a teacher that is trained here; --teacher {flags.teacher} is not")
+    if flags.cfg == 0:
+        raise common.UserError("--cfg 0: would ignore the class altogether; 1 = no guidance")
+    if flags.cfg != 1 and flags.teacher == "train" and flags.label_dropout == 0:
+        raise common.UserError(f"--cfg {flags.cfg}: the teacher never learns to do without a class; give --label-dropout 0.1 too (a new teacher: "
+                               f"another --out)")
+    if flags.cfg != 1 and flags.teacher not in ("train", "exact"):
+        beside = Path(flags.teacher).with_name("config.json")
+        if not (beside.exists() and common.load_json(beside).get("label_dropout")):
+            raise common.UserError(f"--cfg {flags.cfg}: {flags.teacher} does not say that it was trained with --label-dropout, so its answer without a class "
+                                   f"means nothing; leave --cfg out")
+
+
 def compiled(flags, *denoisers: Precond) -> None:
     """--compile: compile the image networks in place (a copy of a compiled network is not compiled)."""
     for D in denoisers:
@@ -413,6 +432,9 @@ def compare(D, facts, seed: int, folder: Path) -> None:
 def main(argv=None):
     """Train the teacher alone, compare it with the exact denoiser, and say where it is."""
     flags = common.parse(Flags, PRESETS, argv, __doc__)
+    check_guidance(flags)
+    if flags.cfg != 1:
+        raise common.UserError(f"--cfg {flags.cfg}: guides the teacher when students learn from it (msd.py), not while it is trained; leave it out")
     if flags.dry_run:
         print(common.describe(flags))
         return

@@ -26,10 +26,12 @@ Sweep    python msd.py --dataset toy --students 1 2 4 8 --seeds 5
 Images   python msd.py --dataset fashion-mnist --students 1 5
 GPUs     torchrun --nproc-per-node 8 msd.py --dataset imagenet64 --students 4 (on each node; --student k runs one alone)
 """
+import collections
 import contextlib
 import dataclasses
 import functools
 import math
+import operator
 import os
 import time
 import types
@@ -61,7 +63,7 @@ class Flags(consistency.Flags):
     student: int = flag(-1, "train only this student of each K, for a job array on a cluster; -1 = all", low=-1)
     partition: str = flag("consecutive", "how the classes are split: consecutive, random, kmeans (of the teacher's label embeddings), quadrant (of "
                                          "their first two entries; K = 4), or a file with one line of classes per student")
-    against: str = flag("", "tag of another variant in the same run folder: compare with it, K by K")
+    against: str = flag("", "tag of another variant in the same run folder (none: the one without a tag): compare with it, K by K")
     target_l1: float = flag(0.0, "exit with 1 if the l1 of the largest K is above this; 0 = no target", low=0)
 
 
@@ -145,18 +147,23 @@ def quadrant(embeddings: Tensor) -> Tensor:
 
 def read_partition(path: str, classes: int, students: int):
     """A user's partition: a text file with one line of classes per student. UserError for a class that is missing, doubled or unknown."""
+    if Path(path).is_dir():
+        raise common.UserError(f"--partition {path}: a folder; give a text file with one line of classes per student")
     try:
-        lines = [line.split("#")[0].replace(",", " ").split() for line in Path(path).read_text().splitlines()]
-        parts = [sorted(int(c) for c in line) for line in lines if line]
-    except (OSError, UnicodeDecodeError):
+        lines = [line.split("#")[0].replace(",", " ").split() for line in Path(path).read_text("utf-8-sig").splitlines()]
+    except UnicodeDecodeError:
+        raise common.UserError(f"--partition {path}: not a text file (UTF-8) with one line of classes per student") from None
+    except OSError:
         raise common.UserError(f"--partition {path}: no such file, and none of {', '.join(HOWS)}{common.near(path, HOWS)}") from None
-    except ValueError as error:
-        raise common.UserError(f"--partition {path}: not a class number: {str(error).split(':')[-1].strip()}; one line of classes per student") from None
+    words = [c for line in lines for c in line if not (c.isdecimal() and len(c) < 10)]
+    if words:
+        raise common.UserError(f"--partition {path}: not a class number: {words[0][:20]!r}; one line of classes per student, such as 0 1 2 3")
+    parts = [sorted(map(int, line)) for line in lines if line]
     listed = [c for part in parts for c in part]
     wrong = [c for c in listed if not 0 <= c < classes]
     if wrong:
         raise common.UserError(f"--partition {path}: class {wrong[0]} is not one of 0 to {classes - 1}")
-    doubled = [c for c in listed if listed.count(c) > 1]
+    doubled = [c for c, n in collections.Counter(listed).items() if n > 1]
     missing = sorted(set(range(classes)) - set(listed))
     if doubled or missing:
         raise common.UserError(f"--partition {path}: class {doubled[0] if doubled else missing[0]} is {'listed twice' if doubled else 'missing'}; "
@@ -221,7 +228,9 @@ class Router:
         flat = embedding.reshape(-1, embedding.shape[-1])
         k = quadrant(flat) if self.quadrants else torch.cdist(flat, self.centroids.to(flat)).argmin(-1)
         near, row = (flat[:, None] - self.embeddings.to(flat)).abs().amax(-1).min(-1)
-        return torch.where(near < 1e-6, self.table.to(k.device)[row], k).reshape(embedding.shape[:-1])
+        known = near < 1e-6
+        k[known] = self(row[known])                                 # UserError if this run has no student for it
+        return k.reshape(embedding.shape[:-1])
 
     def __call__(self, label: Tensor) -> Tensor:
         if label.is_floating_point():                               # embeddings, not indices
@@ -310,8 +319,8 @@ def load_students(folder, name: str = "best.pt", flags=None) -> Students:
         raise common.UserError(f"{folder}: one student of several; give the folder of all, {folder.parent.parent}")
     own = sorted(folder.glob("student[0-9]*"), key=lambda p: int(p.name.removeprefix("student")))
     if not own:
-        if not folder.is_dir():
-            raise common.UserError(f"{folder}: no such students' folder (such as runs/toy/seed0/students8)")
+        if not folder.is_dir() or list(folder.glob("seed[0-9]*")) or list(folder.glob("students[0-9]*")):
+            raise common.UserError(f"{folder}: no {'such ' * (not folder.is_dir())}students' folder; give one such as runs/toy/seed0/students8")
         saved, G = _read_students(folder / name, flags)
         facts = saved["facts"]
         router = Router([torch.tensor(p) for p in saved["partition"]], facts.classes, facts.embeddings() if facts.embeddings else None)
@@ -334,13 +343,24 @@ def generate(run, label: Tensor, seeds) -> Tensor:
 
     Where conditions are embeddings (toy-prompts), label may be embeddings [B, d], also unseen ones: the router takes the student
     of their quadrant, or of the nearest centroid. run: a students' folder (runs/toy/seed0/students8), or what `load_students` returned."""
-    label = torch.as_tensor(label)
     students = run if isinstance(run, Students) else load_students(run)
+    E = students.facts.embeddings() if students.facts.embeddings else None
+    takes = f"generate: {students.facts.name} takes class indices [B]" + (f" or finite embeddings [B, {E.shape[1]}]" if E is not None else "")
+    try:
+        label = torch.as_tensor(label)
+        seeds = [operator.index(s) for s in seeds]
+    except (TypeError, ValueError, RuntimeError):
+        raise common.UserError(f"{takes}, and one whole number per sample as its seed") from None
+    if label.is_floating_point():
+        if E is None or label.ndim != 2 or label.shape[1] != E.shape[1] or not label.isfinite().all():
+            raise common.UserError(f"{takes}, not {list(label.shape)} of {str(label.dtype).removeprefix('torch.')}")
+        label = label.to(E.dtype)
+    elif label.ndim != 1 or label.dtype == torch.bool or not len(label):
+        raise common.UserError(f"{takes}, not {list(label.shape)} of {str(label.dtype).removeprefix('torch.')}")
+    else:
+        label = label.long()
     if len(seeds) != len(label):
         raise common.UserError(f"generate: {len(label)} labels but {len(seeds)} seeds; give one seed per sample")
-    if label.is_floating_point() and (not students.facts.embeddings or label.ndim != 2 or label.shape[1] != students.facts.embeddings().shape[1]):
-        raise common.UserError(f"generate: label {list(label.shape)} of {label.dtype}; {students.facts.name} takes class indices (int64) [B]"
-                               + (f" or embeddings [B, {students.facts.embeddings().shape[1]}]" if students.facts.embeddings else ""))
     students.G.to(label.device)
     z = latents(seeds, students.facts.shape).to(label.device)
     return route(students.G, students.router, z, label)
@@ -641,7 +661,7 @@ def check_stages(flags: Flags, facts: data.Facts) -> None:
     """--stages, --student-size, --init and --classes together; tidies them. UserError for what cannot be."""
     flags.stages = ",".join(s.strip() for s in flags.stages.split(","))
     if flags.method == "cd" and "cd" not in flags.stages:
-        if flags.source["stages"] == "flag" and flags.stages != "dm":
+        if flags.source["stages"] == "flag":
             raise common.UserError(f"--method cd: consistency distillation is one stage of its own; leave out --stages {flags.stages}")
         flags.stages = "cd"
     if flags.stages not in ORDERS:
@@ -670,6 +690,11 @@ def check_stages(flags: Flags, facts: data.Facts) -> None:
         flags.students = [1]
     if "cd" in stages:
         consistency.check_flags(flags)
+        meant = [n for n in ("steps", "batch", "lr") if flags.source[n] == "flag"]
+        if meant:
+            raise common.UserError(f"{common.option(meant[0])}: of the DM stage, which does not train here; for CD: --cd-{meant[0]}")
+    if flags.bug != "none" and "dm" not in stages:
+        raise common.UserError(f"--bug {flags.bug}: of the DM stage, which does not train here")
     flags.tag = flags.tag or own_tag(flags, facts, flags.classes)
 
 
@@ -689,9 +714,14 @@ def classes_of(flags: Flags, facts: data.Facts) -> list[int] | None:
 def own_tag(flags: Flags, facts: data.Facts, classes: str) -> str:
     """Without --tag: smaller students, specialised ones, other partitions and other methods have folders of their own."""
     own = classes_of(flags, facts) if classes else None
-    how = "" if flags.partition == "consecutive" else "".join(c for c in Path(flags.partition).stem if c.isalnum() or c in "_-")[:40] or "file"
+    how = "" if flags.partition == "consecutive" else partition_name(flags.partition)
     last = flags.stages.split(",")[-1]
     return "-".join(filter(None, [flags.student_size, f"classes{'_'.join(map(str, own))}" if own else "", how, last if last in ("post", "cd") else ""]))
+
+
+def partition_name(how: str) -> str:
+    """A partition as part of a tag: its name, or file-NAME."""
+    return how if how in HOWS else "file-" + "".join(c for c in Path(how).stem if c.isalnum() or c in "_-")[:40]
 
 
 def first_start(flags: Flags, facts: data.Facts, m: common.Member, teacher) -> dmd.Start:
@@ -714,7 +744,7 @@ def first_start(flags: Flags, facts: data.Facts, m: common.Member, teacher) -> d
     elif stage == "tsm":
         start = dmd.start_from(tsm.home(flags, m, size), "ema.pt", 0 if flags.tsm_common else m.student)
     elif stage in ONE_STEP:
-        start = dmd.start_from(dmd.stage_folder(flags, m.seed, m.students, stage, tag), "best.pt", m.student)
+        start = dmd.start_from(dmd.stage_folder(flags, m.seed, m.students, stage, tag), "best.pt", m.student, m.classes)
     else:
         raise common.UserError(f"--init {init}: no such file, and none of teacher, random, tsm, dm, adm, post, cd (with -TAG)")
     if start.size != size and (teacher or flags.teacher in ("train", "exact")):                 # the size of a teacher's file is not known yet
@@ -764,7 +794,7 @@ def run_stages(flags: Flags, members: list, pair_index: list, inputs: dmd.Inputs
         elif stage == "adm":
             adm.distil(flags, members, pair_index, starts, inputs, real, device, ranks)
         else:
-            imitated = [dmd.start_from(dmd.stage_folder(flags, m.seed, m.students, flags.post_of, ""), "best.pt", m.student) for m in members]
+            imitated = [imitated_by(flags, m) for m in members]
             tsm.distil_post(flags, members, starts, imitated, inputs, device, ranks)
         starts = [dmd.start_from(dmd.stage_folder(flags, m.seed, m.students, stage), "best.pt", m.student) for m in members]
 
@@ -808,12 +838,12 @@ def main(argv=None):
         print_plan(flags, parts, f", on {device} ({torch.get_num_threads()} threads, {ranks.size} rank{'s' * (ranks.size > 1)}), about "
                    f"{f'{seconds / 60:.0f} min' if seconds > 90 else f'{seconds:.0f} s'} from nothing on one rank")
     theirs = read_against(flags) if flags.against else None
-    for m in [common.Member(seed, K, k, ()) for seed in edm.seeds(flags) for K in flags.students for k in range(K)]:
-        if flags.student not in (-1, m.student):                    # is what they start from there? Hours later is too late
-            continue
+    for seed, K, k in [(seed, K, k) for seed in edm.seeds(flags) for K in flags.students for k in range(K) if flags.student in (-1, k)]:
+        m = common.Member(seed, K, k, tuple(parts[seed, K][k].tolist()) if parts else ())
+        check_folder(flags, m)                                      # is what they start from there? Hours later is too late
         first_start(flags, facts, m, None)
         if flags.stages.endswith("post"):
-            dmd.start_from(dmd.stage_folder(flags, m.seed, m.students, flags.post_of, ""), "best.pt", m.student)
+            imitated_by(flags, m)
     source = data.opened(flags, ranks)
     with common.alone(Path(flags.out), ranks):
         inputs = dmd.get_inputs(flags, device, ranks, weights_of_exact if flags.teacher == "exact" else edm.get_teachers)
@@ -848,6 +878,28 @@ def weights_of_exact(flags: Flags, source, device, ranks) -> list[edm.Precond]:
     D = given.load()
     D.facts, D.size = facts, given.size
     return [edm.ready_teacher(D, flags, device) for _ in edm.seeds(flags)]
+
+
+def imitated_by(flags: Flags, m: common.Member) -> dmd.Start:
+    """The student that post-distillation of m copies: --post-of, untagged but for the partition. UserError if it is not there."""
+    how = "" if flags.partition == "consecutive" else partition_name(flags.partition)
+    return dmd.start_from(dmd.stage_folder(flags, m.seed, m.students, flags.post_of, how), "best.pt", m.student, m.classes)
+
+
+def check_folder(flags: Flags, m: common.Member) -> None:
+    """A students' folder belongs to one method and one partition: later, its last stage is served. UserError if it is another's."""
+    folder = dmd.stage_folder(flags, m.seed, m.students).parent
+    there = {stage for stage in ONE_STEP if (folder / stage).is_dir()}
+    if there and ("cd" in there) != ("cd" in flags.stages.split(",")):
+        raise common.UserError(f"{folder}: holds students of another method ({', '.join(sorted(there))}); give another --tag")
+    for stage in there:
+        own = folder / stage / f"student{m.student}"
+        config = (own if own.is_dir() else folder / stage) / "config.json"
+        old = common.load_json(config) if config.exists() else {}
+        theirs = old.get("classes") or (old["partition"][m.student] if isinstance(old.get("partition"), list) and len(old["partition"]) > m.student else None)
+        if theirs and m.classes and sorted(theirs) != sorted(m.classes):
+            raise common.UserError(f"{folder}: its student {m.student} has the classes {' '.join(map(str, theirs))}, not {' '.join(map(str, m.classes))}: made with "
+                                   f"another --partition; give another --tag")
 
 
 def parts_of(flags: Flags, facts: data.Facts, own: list[int] | None, inputs: dmd.Inputs | None = None) -> dict:
@@ -913,7 +965,7 @@ def check_ranks(flags: Flags, facts: data.Facts, ranks: common.Ranks) -> None:
 
 def read_against(flags: Flags) -> dict:
     """results.json of --against. UserError if it is not there, or of other seeds."""
-    other = Path(flags.out) / f"results-{flags.against}.json"
+    other = Path(flags.out) / f"results{common.suffix('' if flags.against == 'none' else flags.against)}.json"
     if not other.exists():
         raise common.UserError(f"--against {flags.against}: no {other}; run that variant with --tag {flags.against} first")
     theirs = common.load_json(other, "seeds", "students")

@@ -22,6 +22,8 @@ import contextlib
 import dataclasses
 import hashlib
 import math
+import os
+import shlex
 from pathlib import Path
 
 
@@ -73,7 +75,7 @@ RUNS = {                                                            # tag: the c
     **{f"prompts-{how}": f"--dataset toy-prompts --students 4 --partition {how}" for how in ("random", "kmeans", "quadrant")},
     "fashion": "--dataset fashion-mnist --students 1 5",
 }
-FEWER = {"cd": 2, "S": 3, "XXS": 3, **{f"width-{size}": 3 for size in SIZES},
+FEWER = {"cd": 2, "S": 3, "XS": 3, "XXS": 3, **{f"width-{size}": 3 for size in SIZES},
          **{f"prompts-{how}": 3 for how in ("random", "kmeans", "quadrant")}}                    # long ones: at most so many seeds
 UNTAGGED, AFTER = ("", "adm", "adm2", "fashion"), {"adm": [""], "adm2": [""], "continued": [""], "continued-reg": [""], "joint-fast": ["warm"], "XS-post": ["", "adm"]}
 
@@ -148,7 +150,7 @@ CLAIMS = {c.id: c for c in (
           (Row("ADM", "", "adm", 8), Row("the teacher, 79 evaluations", "", "adm", 0)), (("ADM", "the teacher, 79 evaluations"),), "l1_data"),
     Claim("capacity", "K's gain is one of capacity: narrower nets gain more (ratio of K = 8 to K = 1)", "stated, not measured",
           tuple(Row(f"{size}, K = {K}", f"width-{size}", "dm", K) for size in SIZES for K in (1, 8)),
-          tuple((f"{a}, K = 8 / {a}, K = 1", f"{b}, K = 8 / {b}, K = 1") for a, b in zip(SIZES, SIZES[1:]))),
+          tuple((f"{a}, K = 8 / {a}, K = 1", f"{b}, K = 8 / {b}, K = 1") for a, b in (("XXS", "S"), ("S", "B"), ("XXS", "B")))),
     Claim("compute", "K students against one at K times the compute: same total training FLOPs", "asked by reviewers",
           (Row("1 student, 1 unit", "", "dm", 1), Row("4 students, 1 unit", "batch32", "dm", 4), Row("8 students, 1 unit", "batch16", "dm", 8),
            Row("1 student, 4 units", "steps12000", "dm", 1), Row("4 students, 4 units", "", "dm", 4)),
@@ -175,7 +177,8 @@ def command_line(tag: str, flags: Flags) -> list[str]:
         return argv + ["--preset", "smoke", "--eval-samples", "400"]
     if flags.quick:
         full = common.parse(msd.Flags, msd.PRESETS, argv)
-        for name in ("steps", "reg_warmup", "fake_warmup", "tsm_steps", "adm_steps", "adm_fake_warmup", "cd_steps", "eval_every", "teacher_steps"):
+        dm = () if full.method == "cd" else ("steps", "reg_warmup", "fake_warmup")
+        for name in (*dm, "tsm_steps", "adm_steps", "adm_fake_warmup", "cd_steps", "eval_every", "teacher_steps"):
             argv += [common.option(name), str(max(1, getattr(full, name) // (3 if name == "teacher_steps" else 5)))]
         argv += ["--eval-samples", "20000", "--select-samples", "4000"] + (["--pairs", "16000"] if "--pairs" not in argv and full.pairs > 16_000 else [])
     return argv
@@ -189,7 +192,7 @@ def home(tag: str, flags: Flags) -> Path:
 
 def folder(flags: Flags) -> str:
     """The run folder."""
-    return flags.out or ("runs/quick" if flags.quick else "runs/reproduce")
+    return flags.out or ("runs/smoke" if flags.smoke else "runs/quick" if flags.quick else "runs/reproduce")
 
 
 def results_of(tag: str, flags: Flags) -> Path:
@@ -200,7 +203,18 @@ def results_of(tag: str, flags: Flags) -> Path:
 def finished(flags: Flags) -> dict:
     """{tag: what `said` of it} of the runs that have ended."""
     path = Path(folder(flags)) / "runs.json"
-    return {tag: text for tag, text in (common.load_json(path) if path.exists() else {}).items() if tag in RUNS and results_of(tag, flags).exists()}
+    return {tag: text for tag, text in (common.load_json(path) if path.exists() else {}).items() if tag in RUNS and there(tag, flags)}
+
+
+def there(tag: str, flags: Flags) -> bool:
+    """Does the results file hold what this run leaves: its last stage, all its K, all its seeds?"""
+    path = results_of(tag, flags)
+    if not path.exists():
+        return False
+    results, full = common.load_json(path, "students", "seeds"), common.parse(msd.Flags, msd.PRESETS, command_line(tag, flags))
+    stage = "cd" if full.method == "cd" else full.stages.split(",")[-1]
+    of_k = results.get("stages", {"dm": results["students"]}).get(stage, {})
+    return results["seeds"] == list(range(full.seeds)) and all(str(K) in of_k for K in full.students)
 
 
 def said(tag: str, flags: Flags) -> str:
@@ -208,7 +222,7 @@ def said(tag: str, flags: Flags) -> str:
     argv = command_line(tag, flags)
     full = common.parse(msd.Flags, msd.PRESETS, argv)
     values = [(f.name, getattr(full, f.name)) for f in dataclasses.fields(full) if f.name not in ("quiet", "device", "threads", "against", "target_l1")]
-    return f"{' '.join(argv)} # {hashlib.blake2b(repr(values).encode(), digest_size=6).hexdigest()}"
+    return f"{shlex.join(argv)} # {hashlib.blake2b(repr(values).encode(), digest_size=6).hexdigest()}"
 
 
 def needed(claims: list[Claim]) -> list[str]:
@@ -231,15 +245,14 @@ def train(tags: list[str], flags: Flags) -> None:
     out = Path(folder(flags))
     for i, tag in enumerate(tags):
         argv, name = command_line(tag, flags), tag or "dm"
-        print(f"[{i + 1}/{len(tags)}] {name}: python msd.py {' '.join(argv)}", flush=True)
+        print(f"[{i + 1}/{len(tags)}] {name}: python msd.py {shlex.join(argv)}", flush=True)
         log = out / "logs" / f"{name}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(log, "w") as file, contextlib.redirect_stdout(file):
+            with open(log, "a") as file, contextlib.redirect_stdout(file):
                 msd.main([*argv, *(["--quiet"] if flags.quiet else [])])
         except SystemExit as stopped:
             if stopped.code:
-                print(f"{name} stopped ({log}); the same command goes on from here")
+                print(f"{name} stopped ({log})" + "; the same command goes on from here" * (stopped.code == 130))
                 raise
         common.save_json(out / "runs.json", {**finished(flags), tag: said(tag, flags)})
 
@@ -251,7 +264,9 @@ def per_seed(row: Row, flags: Flags) -> list[dict] | None:
     path = results_of(row.tag, flags)
     if not path.exists():
         return None
-    results = common.load_json(path, "students", "teacher")
+    results = common.load_json(path, "students", "teacher", "seeds")
+    if results["seeds"] != list(range(len(results["seeds"]))):      # of a run by hand: not to be paired with the others
+        return None
     if row.K == 0:
         return results["teacher"]["per_seed"]
     of_k = results.get("stages", {"dm": results["students"]}).get(row.stage, {})
@@ -265,6 +280,14 @@ def values(name: str, numbers: dict[str, list[float]]) -> list[float]:
         return [x / y for x, y in zip(a, b)]
     factor, _, rest = name.partition(" x ")
     return [float(factor) * v for v in numbers[rest]] if rest in numbers and name not in numbers else numbers[name]
+
+
+def measured(name: str, numbers: dict[str, list[float]]) -> bool:
+    """Are the rows that a comparison's side is made of there?"""
+    try:
+        return bool(values(name, numbers))
+    except KeyError:
+        return False
 
 
 def judge(claim: Claim, numbers: dict[str, list[float]]) -> tuple[str, list[tuple[str, dict]]]:
@@ -282,6 +305,8 @@ def judge(claim: Claim, numbers: dict[str, list[float]]) -> tuple[str, list[tupl
         found.append((f"{a} {'above' if claim.more else 'below'} {b}", v))
     said = [v["verdict"] for _, v in found]
     if all(s == "measured" for s in said):
+        if all(v["mean"] == 0 for _, v in found):
+            return "measured: equal", found
         return "measured: " + ("as claimed" if all(v["mean"] > 0 for _, v in found) else "not as claimed"
                                if all(v["mean"] <= 0 for _, v in found) else "in part as claimed"), found
     holds, reverse = said.count("holds"), said.count("the reverse holds")
@@ -303,13 +328,18 @@ def mean_sd(v: list[float]) -> str:
 def section(claim: Claim, flags: Flags) -> tuple[str, list[str]]:
     """A claim's line of the table, and its section; draws its figure."""
     found = {r.name: per_seed(r, flags) for r in claim.rows}
-    if not all(found.values()):
-        missing = [r for r in claim.rows if not found[r.name]]
-        return f"| {claim.id} | {claim.text} | {claim.paper} | not measured | | not measured |", ["", f"## {claim.id}: {claim.text}", "", "Not measured: " + ", ".join(
-            f"`python msd.py {' '.join(command_line(r.tag, flags))}`" for r in {r.tag: r for r in missing}.values())]
+    absent = {r.tag: r for r in claim.rows if not found[r.name]}
+    missing = "Not measured: " + ", ".join(f"`python msd.py {shlex.join(command_line(tag, flags))}`" for tag in absent)
+    found = {name: seeds for name, seeds in found.items() if seeds}
     numbers = {name: [p[claim.metric] for p in seeds] for name, seeds in found.items()}
+    below = tuple(pair for pair in claim.below if all(measured(name, numbers) for name in pair))
+    if not below:
+        return f"| {claim.id} | {claim.text} | {claim.paper} | not measured | | not measured |", ["", f"## {claim.id}: {claim.text}", "", missing]
+    left_out = len(claim.below) - len(below)
+    claim = dataclasses.replace(claim, below=below, rows=tuple(r for r in claim.rows if r.name in found))
     n = min(map(len, numbers.values()))
     verdict, comparisons = judge(claim, numbers)
+    verdict += f" ({left_out} more not measured)" if left_out else ""
     shown = list(numbers) if len(numbers) <= 6 else list(dict.fromkeys(x for pair in claim.below[:2] for x in pair if x in numbers)) or list(numbers)[:4]
     line = (f"| {claim.id} | {claim.text} | {claim.paper} | " + "; ".join(f"{name}: {mean_sd(numbers[name])}" for name in shown)
             + (" …" if len(shown) < len(numbers) else "") + f" | {n} | {verdict} |")
@@ -323,11 +353,11 @@ def section(claim: Claim, flags: Flags) -> tuple[str, list[str]]:
              + f" | {f'{seen[name]:,}' if seen[name] else ''} | {cost[name]} | {len(seeds)} |" for name, seeds in found.items()]
     text += ["", "| comparison | difference ± standard error | n | verdict |", "|---|---|---|---|"]
     text += [f"| {name} | {v['mean']:.4f}" + (f" ± {v['error']:.4f}" if v["error"] is not None else "") + f" | {v['n']} | {v['verdict']} |" for name, v in comparisons]
-    text += [""] + [s for r in claim.rows for s in split_lines(r, flags)]
+    text += [""] + [s for r in claim.rows for s in split_lines(r, flags)] + ([missing] if absent else [])
     figure = plot.claim(claim.id, claim.text, numbers, claim.metric, lines(claim, flags), curves(claim, flags))
     path = Path(folder(flags)) / "figures" / f"claim-{claim.id}.png"
     plot.save(figure, path)
-    text += ["", f"![{claim.id}]({plot.beside(path, results_path(flags))})", "", "Runs: " + "; ".join(f"`python msd.py {' '.join(command_line(t, flags))}`" for t in runs)]
+    text += ["", f"![{claim.id}]({plot.beside(path, results_path(flags))})", "", "Runs: " + "; ".join(f"`python msd.py {shlex.join(command_line(t, flags))}`" for t in runs)]
     return line, text
 
 
@@ -410,18 +440,31 @@ def results_path(flags: Flags) -> Path:
     return Path(flags.results or Path(folder(flags)) / "RESULTS.md")
 
 
+def check_places(flags: Flags) -> None:
+    """Can the run folder and the table be written? Asked before hours of training. UserError if not."""
+    for name, folder_ in (("--out", Path(folder(flags)) / "logs"), ("--results", results_path(flags).parent)):
+        try:
+            folder_.mkdir(parents=True, exist_ok=True)
+            writable = os.access(folder_, os.W_OK)
+        except OSError:
+            writable = False
+        if not writable or results_path(flags).is_dir():
+            raise common.UserError(f"{name}: {folder_} cannot be written; choose another {name}")
+
+
 def write(claims: list[Claim], flags: Flags) -> None:
     """RESULTS.md and the figures of these claims."""
     made = [section(c, flags) for c in claims]
-    head = ["# Results", "", "Written by `python reproduce.py`" + (" with `--quick`: one seed, a fifth of the updates; nothing here is a verdict on the paper." if flags.quick else "."),
+    head = ["# Results", "", "Written by `python reproduce.py`" + (" with `--smoke`: it measures nothing." if flags.smoke else
+            " with `--quick`: one seed, a fifth of the updates; nothing here is a verdict on the paper." if flags.quick else "."),
             "The toy, unless it says otherwise: l1 to the teacher's samples, l1_data to the data (0 = equal, 1 = disjoint), mean ± standard deviation over "
             "the seeds. A verdict is a one-sided t test at 5 %, paired by seed, at equal updates of each student, or as the row says. The paper's numbers "
             "are FID on ImageNet-64: compare directions, not values.", "",
             "| id | claim | paper | ours, mean ± sd | n | verdict |", "|---|---|---|---|---|---|"]
+    print("\n".join(head[-2:] + [line for line, _ in made]))
     text = "\n".join([*head, *[line for line, _ in made], *[t for _, body in made for t in body]]) + "\n"
     common.write_atomic(results_path(flags), lambda t: t.write_text(text))
     common.save_json(results_path(flags).with_suffix(".json"), {c.id: {r.name: per_seed(r, flags) for r in c.rows} for c in claims})
-    print("\n".join(head[-2:] + [line for line, _ in made]))
     print(f"\nresults: {results_path(flags)}\nfigures: {Path(folder(flags)) / 'figures'}/claim-*.png")
 
 
@@ -429,6 +472,12 @@ def chosen(flags: Flags) -> list[Claim]:
     """The claims asked for. UserError if one is not known, with names that sound like it."""
     if flags.quick and (flags.images or "fig4-images" in flags.claim):
         raise common.UserError("--quick: the toy only; leave --images and fig4-images out")
+    if flags.all and flags.claim:
+        raise common.UserError(f"--all and --claim {flags.claim}: one of them")
+    if flags.images and not flags.all:
+        raise common.UserError("--images: goes with --all; for the claim alone: --claim fig4-images")
+    if flags.quick and flags.seeds != 5:
+        raise common.UserError(f"--seeds {flags.seeds}: --quick is of one seed; leave one of them out")
     if flags.all:
         return [c for c in CLAIMS.values() if flags.images or c.id != "fig4-images"]
     names = [n.strip() for n in flags.claim.split(",") if n.strip()]
@@ -460,8 +509,9 @@ def main(argv=None):
     print(f"reproduce: {', '.join(c.id for c in claims)}; {len(todo)} of {len(needed(claims))} runs to do, {1 if flags.quick else flags.seeds} seed(s), "
           f"about {f'{total:.1f} hours' if total > 1.5 else f'{60 * total:.0f} min'}, into {folder(flags)}", flush=True)
     if flags.dry_run:
-        print("\n".join(f"  python msd.py {' '.join(command_line(t, flags))}" for t in todo))
+        print("\n".join(f"  python msd.py {shlex.join(command_line(t, flags))}" for t in todo))
         return
+    check_places(flags)
     train(todo, flags)
     done = finished(flags)
     everything = [c for c in CLAIMS.values() if c in claims or all(done.get(t) == said(t, flags) for t in needed([c]))]

@@ -253,6 +253,12 @@ def test_guidance_needs_label_dropout(capsys, tmp_path):
     line = refused(capsys, msd.main, [*SMOKE, "--cfg", "2", "--out", str(tmp_path)])
     assert "--cfg 2.0" in line and "--label-dropout" in line
     assert "--label-dropout 1.0" in refused(capsys, msd.main, [*SMOKE, "--label-dropout", "1", "--out", str(tmp_path)])
+    assert "--label-dropout 1.5" in refused(capsys, edm.main, [*SMOKE, "--label-dropout", "1.5", "--out", str(tmp_path)])
+    assert "--cfg 2.0" in refused(capsys, edm.main, [*SMOKE, "--cfg", "2", "--label-dropout", "0.1", "--out", str(tmp_path)])
+    assert "1 = no guidance" in refused(capsys, msd.main, [*SMOKE, "--cfg", "0", "--out", str(tmp_path)])
+    assert "trained here" in refused(capsys, msd.main, [*SMOKE, "--teacher", "exact", "--label-dropout", "0.1", "--out", str(tmp_path)])
+    (tmp_path / "ema.pt").touch()
+    assert "leave --cfg out" in refused(capsys, msd.main, [*SMOKE, "--teacher", str(tmp_path / "ema.pt"), "--cfg", "2", "--out", str(tmp_path / "x")])
 
 
 def test_label_dropout_trains_the_score_without_a_class(tmp_path, monkeypatch, double):
@@ -306,6 +312,7 @@ def test_toy_prompts_by_quadrant_with_guidance(tmp_path):
     x = msd.generate(students, label, range(32))
     assert x.shape == (32, 2) and torch.allclose(x, msd.generate(students, E, range(32)), atol=1e-6)
     assert torch.isfinite(msd.generate(students, E[:5] + 0.3, range(5))).all()                  # unseen ones
-    for wrong in (E[:, :3], torch.rand(4)):
+    assert torch.equal(x, msd.generate(students, E.double(), range(32)))
+    for wrong in (E[:, :3], torch.rand(4), E * float("nan")):
         with pytest.raises(common.UserError, match="embeddings"):
             msd.generate(students, wrong, range(len(wrong)))

@@ -123,6 +123,42 @@ def test_refused(capsys, tmp_path, argv, words):
     assert not list(tmp_path.rglob("*.pt"))
 
 
+def test_files_that_are_no_text(capsys, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "binary").write_bytes(bytes([255, 254, 0, 1, 200]))
+    (tmp_path / "long").write_text("9" * 5000)
+    (tmp_path / "bom").write_bytes("\ufeff0 1 2 3\n4 5 6 7\n".encode())
+    for name, words in (("folder", "a folder"), ("binary", "not a text file"), ("long", "not a class number"), ("nowhere", "no such file")):
+        line = refused(capsys, msd.main, [*SMOKE, "--students", "2", "--partition", str(tmp_path / name), "--out", str(tmp_path / "x")])
+        assert words in line and len(line) < 300 + len(str(tmp_path))
+    assert [p.tolist() for p in msd.partition(8, 2, str(tmp_path / "bom"))] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_students_of_other_classes_or_another_method_are_refused(capsys, tmp_path, run):
+    """No stage starts from, or stands beside, students that were split or trained otherwise."""
+    import shutil
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    base = [*SMOKE, "--students", "3", "--out", str(out)]
+    line = refused(capsys, msd.main, [*base, "--stages", "adm", "--init", "dm", "--partition", "random"])
+    assert "students3/dm" in line and "same --partition" in line
+    (out / "seed0/students3-t/dm").mkdir(parents=True)
+    assert "another method (dm)" in refused(capsys, msd.main, [*base, "--method", "cd", "--tag", "t"])
+    shutil.copytree(out / "seed0/students3", out / "seed0/students3-u")
+    assert "another --partition" in refused(capsys, msd.main, [*base, "--stages", "adm", "--init", "random", "--partition", "random", "--tag", "u"])
+    for argv in (["--method", "cd", "--steps", "5"], ["--method", "cd", "--bug", "a"], ["--stages", "adm", "--bug", "b"]):
+        assert argv[-2] in refused(capsys, msd.main, [*base, *argv])
+
+
+@pytest.mark.parametrize("label, seeds", [([True, False], [1, 2]), (3, [1]), ([0, 1], 5), ([], []), ([[1, 2]], [1]), (["3"], [1]), ([1, 2], [1.5, 2]),
+                                          ([0.5, 0.5], [1, 2]), ([0, 1], [1])])
+def test_generate_refuses_what_it_cannot_mean(run, label, seeds):
+    with pytest.raises(common.UserError, match="generate"):
+        msd.generate(run / "seed0/students3", label, seeds)
+    with pytest.raises(common.UserError, match="students8"):
+        msd.generate(run, [0], [1])
+
+
 def test_partitions_end_to_end(tmp_path, run, capsys):
     """k-means of the teacher's embeddings and a file: folders of their own, sizes and distances printed and kept, routed as split."""
     import json
@@ -137,5 +173,5 @@ def test_partitions_end_to_end(tmp_path, run, capsys):
     results = json.loads((tmp_path / "run/results-kmeans.json").read_text())
     split = results["partition"]["3"]
     assert sum(split["sizes"][0]) == 8 and len(split["within"]) == 2 and split["how"] == "kmeans"
-    router = msd.load_students(tmp_path / "run/seed0/students2-mine").router
+    router = msd.load_students(tmp_path / "run/seed0/students2-file-mine").router
     assert router(torch.arange(8)).tolist() == [1, 0, 1, 0, 1, 0, 1, 0]

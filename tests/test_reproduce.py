@@ -69,6 +69,12 @@ def test_claims_are_consistent():
     (["--claim", "fig44"], ["did you mean fig4?"]),
     ([], ["--list"]),
     (["--all", "--seeds", "0"], ["--seeds 0"]),
+    (["--all", "--claim", "fig4"], ["one of them"]),
+    (["--claim", "fig4", "--images"], ["--claim fig4-images"]),
+    (["--claim", "fig4-images", "--quick"], ["the toy only"]),
+    (["--all", "--quick", "--seeds", "3"], ["--seeds 3"]),
+    (["--claim", "diversity", "--smoke", "--out", "/proc/nope"], ["--out", "cannot be written"]),
+    (["--claim", "diversity", "--smoke", "--results", "/proc/nope/R.md"], ["--results", "cannot be written"]),
 ])
 def test_refused(capsys, argv, words):
     line = refused(capsys, reproduce.main, argv)
@@ -82,6 +88,13 @@ def test_list_and_dry_run(capsys, tmp_path):
     reproduce.main(["--claim", "reg", "--smoke", "--dry-run", "--out", str(tmp_path / "q")])
     text = capsys.readouterr().out
     assert "4 of 4 runs" in text and "--ttur 5" in text and not list(tmp_path.iterdir())
+
+
+def msd_of(flags):
+    """The command line of the untagged run, without --seeds."""
+    argv = reproduce.command_line("", flags)
+    del argv[argv.index("--seeds"):argv.index("--seeds") + 2]
+    return argv
 
 
 def test_a_killed_claim_goes_on_without_repeating_finished_runs(tmp_path, monkeypatch, capsys):
@@ -106,6 +119,9 @@ def test_a_killed_claim_goes_on_without_repeating_finished_runs(tmp_path, monkey
     assert started == ["dm", "ttur", "ttur", "both", "neither"]
     reproduce.main(argv)
     assert len(started) == 5                                        # all there: only judged and drawn again
+    original([*msd_of(reproduce.Flags(smoke=True, quick=True, out=str(tmp_path / "q"))), "--seed", "1", "--quiet"])     # someone's own run takes its place
+    reproduce.main(argv)
+    assert started[5:] == ["dm"]
     text = (tmp_path / "q/RESULTS.md").read_text()
     assert "| reg |" in text and "| diversity |" in text and "measured" in text and "not measured" not in text
     for id in ("reg", "diversity"):
