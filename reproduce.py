@@ -12,6 +12,7 @@ A claim holds if all its comparisons do; if some do, the table says how many, an
   python reproduce.py --claim split           one claim; several are separated by commas
   python reproduce.py --all                   all of them: says beforehand how many hours
   python reproduce.py --all --quick           all, small: one seed, a fifth of the updates; nothing but "measured"
+  python reproduce.py --table                 train nothing: table and figures of what is there
 
 Killed, the same command goes on: a finished run is not started again (OUT/runs.json), an unfinished one goes on where its last
 checkpoint stands. Writes OUT/RESULTS.md, OUT/RESULTS.json (every seed) and OUT/figures/claim-ID.png; what each run printed: OUT/logs.
@@ -40,11 +41,13 @@ class Flags:
     claim: str = flag("", "which claims, separated by commas; see --list")
     all: bool = flag(False, "all claims of the toy")
     list: bool = flag(False, "print the claims, and which runs they need")
+    table: bool = flag(False, "train nothing: table and figures of what is there")
     quick: bool = flag(False, "one seed, a fifth of the updates, fewer samples, in a folder of its own")
     images: bool = flag(False, "with --all: the claims on Fashion-MNIST too")
     seeds: int = flag(5, "number of seeds of every run", low=1)
     out: str = flag("", "the run folder; none = runs/reproduce, or runs/quick")
     results: str = flag("", "where the table goes; none = OUT/RESULTS.md")
+    figures: str = flag("", "where the figures go; none = OUT/figures")
     smoke: bool = flag(False, "with --quick: sizes for tests, which measure nothing")
     dry_run: bool = flag(False, "say what would be trained, and how long it would take")
     quiet: bool = flag(False, "no progress bars")
@@ -109,7 +112,7 @@ def _of_k(tag: str, stage: str, ks=(1, 2, 4, 8), prefix: str = "") -> tuple[Row,
 CLAIMS = {c.id: c for c in (
     Claim("fig4", "more students, better one-step quality (DM, F_DM)", "FID, K = 1, 2, 4, 8: 2.60, 2.49, 2.37, 2.32", _of_k("", "dm"),
           (("K = 8", "K = 1"), ("K = 2", "K = 1"), ("K = 4", "K = 2"), ("K = 8", "K = 4"))),
-    Claim("fig5", "the same with consistency distillation", "l1 falls with K (Fig. 5)", _of_k("cd", "cd"),
+    Claim("fig5", "more students, better quality, with consistency distillation too", "l1 falls with K (Fig. 5)", _of_k("cd", "cd"),
           (("K = 8", "K = 1"), ("K = 2", "K = 1"), ("K = 4", "K = 2"), ("K = 8", "K = 4")), curve="cd"),
     Claim("batch", "better even at the same effective batch", "FID: 4 x 32: 2.53, 1 x 128: 2.60",
           (Row("1 x 128", "", "dm", 1), Row("4 x 32", "batch32", "dm", 4), Row("8 x 16", "batch16", "dm", 8), Row("4 x 128", "", "dm", 4)),
@@ -355,7 +358,7 @@ def section(claim: Claim, flags: Flags) -> tuple[str, list[str]]:
     text += [f"| {name} | {v['mean']:.4f}" + (f" ± {v['error']:.4f}" if v["error"] is not None else "") + f" | {v['n']} | {v['verdict']} |" for name, v in comparisons]
     text += [""] + [s for r in claim.rows for s in split_lines(r, flags)] + ([missing] if absent else [])
     figure = plot.claim(claim.id, claim.text, numbers, claim.metric, lines(claim, flags), curves(claim, flags))
-    path = Path(folder(flags)) / "figures" / f"claim-{claim.id}.png"
+    path = figures_path(flags) / f"claim-{claim.id}.png"
     plot.save(figure, path)
     text += ["", f"![{claim.id}]({plot.beside(path, results_path(flags))})", "", "Runs: " + "; ".join(f"`python msd.py {shlex.join(command_line(t, flags))}`" for t in runs)]
     return line, text
@@ -440,9 +443,14 @@ def results_path(flags: Flags) -> Path:
     return Path(flags.results or Path(folder(flags)) / "RESULTS.md")
 
 
+def figures_path(flags: Flags) -> Path:
+    """Where the figures go."""
+    return Path(flags.figures or Path(folder(flags)) / "figures")
+
+
 def check_places(flags: Flags) -> None:
     """Can the run folder and the table be written? Asked before hours of training. UserError if not."""
-    for name, folder_ in (("--out", Path(folder(flags)) / "logs"), ("--results", results_path(flags).parent)):
+    for name, folder_ in (("--out", Path(folder(flags)) / "logs"), ("--results", results_path(flags).parent), ("--figures", figures_path(flags))):
         try:
             folder_.mkdir(parents=True, exist_ok=True)
             writable = os.access(folder_, os.W_OK)
@@ -465,7 +473,7 @@ def write(claims: list[Claim], flags: Flags) -> None:
     text = "\n".join([*head, *[line for line, _ in made], *[t for _, body in made for t in body]]) + "\n"
     common.write_atomic(results_path(flags), lambda t: t.write_text(text))
     common.save_json(results_path(flags).with_suffix(".json"), {c.id: {r.name: per_seed(r, flags) for r in c.rows} for c in claims})
-    print(f"\nresults: {results_path(flags)}\nfigures: {Path(folder(flags)) / 'figures'}/claim-*.png")
+    print(f"\nresults: {results_path(flags)}\nfigures: {figures_path(flags)}/claim-*.png")
 
 
 def chosen(flags: Flags) -> list[Claim]:
@@ -501,6 +509,9 @@ def main(argv=None):
             there = sum(done.get(t) == said(t, flags) for t in tags)
             print(f"  {c.id:<12} {c.text}\n               paper: {c.paper}; {there} of {len(tags)} runs are there")
         return
+    if flags.table:
+        check_places(flags)
+        return write(list(CLAIMS.values()), flags)
     claims = chosen(flags)
     todo = [t for t in needed(claims) if done.get(t) != said(t, flags)]
     device = common.device("auto", 0)

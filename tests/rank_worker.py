@@ -9,6 +9,7 @@ import torch
 
 import adm
 import common
+import consistency
 import data
 import dmd
 import edm
@@ -19,13 +20,13 @@ import unet
 
 
 def double_dm(out: Path, net_name: str, micro: int = 0) -> None:
-    """20 updates in float64, all ranks on one batch of 8; weights to OUT/weights.pt. net_name: toy, image: DM; adm, tsm: those, of images."""
+    """20 updates in float64, all ranks on one batch of 8; weights to OUT/weights.pt. net_name: toy, image: DM; adm, tsm, cd: those, of images."""
     ranks = common.world(torch.device("cpu"))
     stacked = net_name == "toy"
-    flags = adm.Flags(dataset="toy" if stacked else "fashion-mnist", steps=20, batch=8, reg_warmup=8, fake_warmup=3, pairs=24, ttur=2, draws=2,
+    flags = consistency.Flags(dataset="toy" if stacked else "fashion-mnist", steps=20, batch=8, reg_warmup=8, fake_warmup=3, pairs=24, ttur=2, draws=2,
                       eval_every=10, select_samples=40, save_every=10, quiet=True, clip_norm=1.0, lr=1e-3, reg_lr=1e-3, fake_lr=1e-3,
                       micro_batch=micro, adm_steps=20, adm_batch=8, adm_fake_warmup=3, adm_lr=1e-3, adm_fake_lr=1e-3, adm_reg_weight=0.2,
-                      gan_weight=0.1, tsm_steps=20, tsm_batch=8, tsm_lr=1e-3)
+                      gan_weight=0.1, tsm_steps=20, tsm_batch=8, tsm_lr=1e-3, cd_steps=20, cd_batch=8, cd_lr=1e-3, cd_points=6)
     torch.manual_seed(0)
     flags.resolution = 0 if stacked else 8
     facts = data.facts(flags.dataset, flags.resolution)
@@ -49,6 +50,8 @@ def double_dm(out: Path, net_name: str, micro: int = 0) -> None:
     real = data.Generated(pairs["y"], pairs["label"], [0])
     if net_name == "tsm":
         ema = tsm.train(run, flags, members, teacher, net, real, cpu)
+    elif net_name == "cd":
+        ema, _ = consistency.train(run, flags, members, teacher, consistency.student_of(net), real, judge, {0: reference}, cpu)
     elif net_name == "adm":
         ema, _ = adm.train(run, flags, members, teacher, net, net, real, judge, {0: reference}, cpu, pairs, index)
     else:
