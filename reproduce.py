@@ -62,6 +62,8 @@ RUNS = {                                                            # tag: the c
     "cd": "--students 1 2 4 8 --method cd",
     "batch32": "--students 4 --batch 32", "batch16": "--students 8 --batch 16",
     "batch32-long": "--students 4 --batch 32 --steps 12000 --reg-warmup 4000 --fake-warmup 1600",
+    "batch128-XXS": "--students 1 --student-size XXS --init random --steps 6000 --reg-warmup 2000",
+    "batch32-XXS": "--students 4 --batch 32 --student-size XXS --init random --steps 6000 --reg-warmup 2000",
     "steps12000": "--students 1 --steps 12000 --reg-warmup 4000 --fake-warmup 1600",              # four times all of ""
     "random": "--students 2 4 --partition random", "kmeans": "--students 2 4 --partition kmeans",
     **{f"pairs{n}{own}{reg}": f"--students 4 --preset few-pairs --pairs {n}" + " --filter-pairs" * bool(own) + " --dm-weight 0" * bool(reg)
@@ -117,8 +119,10 @@ CLAIMS = {c.id: c for c in (
           (("K = 8", "K = 1"), ("K = 2", "K = 1"), ("K = 4", "K = 2"), ("K = 8", "K = 4")), curve="cd"),
     Claim("batch", "better even at the same effective batch", "FID: 4 x 32: 2.53, 1 x 128: 2.60",
           (Row("1 x 128", "", "dm", 1), Row("4 x 32", "batch32", "dm", 4), Row("8 x 16", "batch16", "dm", 8), Row("4 x 128", "", "dm", 4),
-           Row("1 x 128, 12 000 updates", "steps12000", "dm", 1), Row("4 x 32, 12 000 updates", "batch32-long", "dm", 4)),
-          (("4 x 32", "1 x 128"), ("8 x 16", "1 x 128"), ("4 x 32, 12 000 updates", "1 x 128, 12 000 updates")), curve="dm"),
+           Row("1 x 128, 12 000 updates", "steps12000", "dm", 1), Row("4 x 32, 12 000 updates", "batch32-long", "dm", 4),
+           Row("1 x 128, XXS, 6 000 updates", "batch128-XXS", "dm", 1), Row("4 x 32, XXS, 6 000 updates", "batch32-XXS", "dm", 4)),
+          (("4 x 32", "1 x 128"), ("8 x 16", "1 x 128"), ("4 x 32, 12 000 updates", "1 x 128, 12 000 updates"),
+           ("4 x 32, XXS, 6 000 updates", "1 x 128, XXS, 6 000 updates")), curve="dm"),
     Claim("split", "consecutive and k-means both better than random", "FID, K = 4: 2.37, 2.39, 2.45",
           tuple(Row(f"{name}, K = {K}", tag, "dm", K) for K in (2, 4) for name, tag in (("consecutive", ""), ("k-means", "kmeans"), ("random", "random"))),
           tuple((f"{name}, K = {K}", f"random, K = {K}") for K in (2, 4) for name in ("consecutive", "k-means"))),
