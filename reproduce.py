@@ -56,7 +56,7 @@ class Flags:
 # -------------------------------------------------------------------------------------------------------- runs and claims
 
 PAIRS = (250, 1000, 4000, 16_000)
-SIZES = ("XXS", "S", "B")
+SIZES = {"XXS": "XXS", "XS": "XS", "S": "S", "B": ""}                # tag of the students of each size, after TSM; B: the teacher's size and weights
 RUNS = {                                                            # tag: the command line of msd.py; "": the untagged students
     "": "--students 1 2 4 8",
     "cd": "--students 1 2 4 8 --method cd",
@@ -77,12 +77,10 @@ RUNS = {                                                            # tag: the c
     **{size: f"--students 1 2 4 8 --student-size {size} --stages tsm,dm,adm" for size in ("S", "XS", "XXS")},
     "XS-random": "--students 8 --student-size XS --stages dm --init random --steps 7000",
     "XS-post": "--students 8 --student-size XS --stages post",
-    **{f"width-{size}": f"--students 1 8 --student-size {size} --init random" for size in SIZES},
     **{f"prompts-{how}": f"--dataset toy-prompts --students 4 --partition {how}" for how in ("random", "kmeans", "quadrant")},
     "fashion": "--dataset fashion-mnist --students 1 5",
 }
-FEWER = {"cd": 2, "S": 3, "XS": 3, "XXS": 3, **{f"width-{size}": 3 for size in SIZES},
-         **{f"prompts-{how}": 3 for how in ("random", "kmeans", "quadrant")}}                    # long ones: at most so many seeds
+FEWER = {"cd": 2, "S": 3, "XS": 3, "XXS": 3, **{f"prompts-{how}": 3 for how in ("random", "kmeans", "quadrant")}}                    # long ones: at most so many seeds
 UNTAGGED, AFTER = ("", "adm", "adm2", "fashion"), {"adm": [""], "adm2": [""], "continued": [""], "continued-reg": [""], "joint-fast": ["warm"], "XS-post": ["", "adm"]}
 
 
@@ -158,8 +156,8 @@ CLAIMS = {c.id: c for c in (
     Claim("surpass", "ADM students surpass the teacher (K = 8)", "FID 1.20 against 2.32",
           (Row("ADM", "", "adm", 8), Row("the teacher, 79 evaluations", "", "adm", 0)), (("ADM", "the teacher, 79 evaluations"),), "l1_data"),
     Claim("capacity", "K's gain is one of capacity: narrower nets gain more (ratio of K = 8 to K = 1)", "stated, not measured",
-          tuple(Row(f"{size}, K = {K}", f"width-{size}", "dm", K) for size in SIZES for K in (1, 8)),
-          tuple((f"{a}, K = 8 / {a}, K = 1", f"{b}, K = 8 / {b}, K = 1") for a, b in (("XXS", "S"), ("S", "B"), ("XXS", "B")))),
+          tuple(Row(f"{size}, K = {K}", tag, "dm", K) for size, tag in SIZES.items() for K in (1, 8)),
+          tuple((f"{a}, K = 8 / {a}, K = 1", f"{b}, K = 8 / {b}, K = 1") for a, b in (("XXS", "XS"), ("XS", "S"), ("S", "B")))),
     Claim("compute", "K students against one at K times the compute: same total training FLOPs", "asked by reviewers",
           (Row("1 student, 1 unit", "", "dm", 1), Row("4 students, 1 unit", "batch32", "dm", 4), Row("8 students, 1 unit", "batch16", "dm", 8),
            Row("1 student, 4 units", "steps12000", "dm", 1), Row("4 students, 4 units", "", "dm", 4)),
