@@ -281,7 +281,8 @@ def test_commands_that_readme_prints(line, run, image_run, small, tiny, tmp_path
         plot.main(argv)
         return
     if script == "reproduce":
-        return reproduce.main([*argv, "--smoke", "--quiet"] if "--list" not in argv else argv)
+        full = ["--dry-run"] if "--all" in argv and "--quick" not in argv else []               # once is enough
+        return reproduce.main([*argv, "--smoke", "--quiet", *full] if "--list" not in argv else argv)
     if script == "sample":
         sample.main([*[w if w not in ("8", "5") else "3" for w in argv], "--timing", "64" if "runs/toy" in argv else "0", "--steps", "8"])
         return
