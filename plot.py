@@ -21,6 +21,7 @@ The one file that imports matplotlib.
 import csv
 import os
 import sys
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 
@@ -381,8 +382,8 @@ def claim(name: str, text: str, numbers: dict, metric: str, lines: dict, curves:
         axes[0][1].plot(x, y, "-o", ms=3, color=colour[row], label=row)
     if curves:
         axes[0][1].set(xlabel="samples that a student has seen", ylabel="$\\ell_1$ on its own classes, first seed", xscale="log", yscale="log")
-        axes[0][1].legend(fontsize=8)
-    fig.suptitle(f"{name}: {text}", fontsize=10)
+        axes[0][1].legend(**({"fontsize": 8} if len(curves) < 5 else {"fontsize": 7, "loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}))
+    fig.suptitle(textwrap.fill(f"{name}: {text}", 130 if curves else 64), fontsize=10)
     return fig
 
 
