@@ -417,10 +417,9 @@ def draw(out, tag: str = "") -> list[Path]:
         figures = {"samples": image_samples(results, home, folders)} if not specialised else {}
         figures["fd"] = fd_against_k(results)
     name = "$\\ell_1$" if results["metric"] == "l1" else results["title"]
-    if stage_folders("dm") and "dm" in results.get("stages", {"dm": 0}):
-        figures["training"] = training(stage_folders("dm"), results["metric"], f"{name} to the {'teacher' if results['metric'] == 'l1' else 'data'}")
-    if stage_folders("cd") and "cd" in results["stages"]:
-        figures["training"] = training(stage_folders("cd"), results["metric"], f"{name} to the {'teacher' if results['metric'] == 'l1' else 'data'}")
+    for stage in ("dm", "cd"):                                      # a folder belongs to one of them
+        if stage in results.get("stages", {"dm": 0}) and stage_folders(stage):
+            figures["training"] = training(stage_folders(stage), results["metric"], f"{name} to the {'teacher' if results['metric'] == 'l1' else 'data'}")
     if _last(results) not in ("dm", "cd"):
         figures["stages"] = stages(results)
     if "adm" in results.get("stages", {}) and stage_folders("adm"):

@@ -27,7 +27,6 @@ import os
 import shlex
 from pathlib import Path
 
-
 import common
 import data
 import msd
@@ -55,6 +54,7 @@ class Flags:
 
 # -------------------------------------------------------------------------------------------------------- runs and claims
 
+PROMPT_SPLITS = ("random", "kmeans", "quadrant")
 PAIRS = (250, 1000, 4000, 16_000)
 SIZES = {"XXS": "XXS", "XS": "XS", "S": "S", "B": ""}                # tag of the students of each size, after TSM; B: the teacher's size and weights
 RUNS = {                                                            # tag: the command line of msd.py; "": the untagged students
@@ -78,10 +78,10 @@ RUNS = {                                                            # tag: the c
     **{size: f"--students 1 2 4 8 --student-size {size} --stages tsm,dm,adm" for size in ("S", "XS", "XXS")},
     "XS-random": "--students 8 --student-size XS --stages dm --init random --steps 7000",
     "XS-post": "--students 8 --student-size XS --stages post",
-    **{f"prompts-{how}": f"--dataset toy-prompts --students 4 --partition {how}" for how in ("random", "kmeans", "quadrant")},
+    **{f"prompts-{how}": f"--dataset toy-prompts --students 4 --partition {how}" for how in PROMPT_SPLITS},
     "fashion": "--dataset fashion-mnist --students 1 5",
 }
-FEWER = {"cd": 2, "S": 3, "XS": 3, "XXS": 3, **{f"prompts-{how}": 3 for how in ("random", "kmeans", "quadrant")}}                    # long ones: at most so many seeds
+FEWER = {"cd": 2, "S": 3, "XS": 3, "XXS": 3, **{f"prompts-{how}": 3 for how in PROMPT_SPLITS}}      # long ones: at most so many seeds
 UNTAGGED, AFTER = ("", "adm", "adm2", "fashion"), {"adm": [""], "adm2": [""], "continued": [""], "continued-reg": [""], "joint-fast": ["warm"], "XS-post": ["", "adm"]}
 
 
@@ -388,13 +388,17 @@ def lines(claim: Claim, flags: Flags) -> dict:
     return out | {f"{r['bound']['points']}-point Heun sampler": r["bound"][m] for r in all_results if m in r.get("bound", {})}
 
 
+# the flags that count a stage's updates, and its batch
+COUNTED = {"dm": ("steps", "batch"), "adm": ("adm_steps", "adm_batch"), "cd": ("cd_steps", "cd_batch"), "post": ("post_steps", "batch")}
+
+
 def samples_seen(row: Row, flags: Flags) -> int:
     """Samples that a student saw in its last stage: updates times batch; 0 for the teacher."""
     if row.K == 0:
         return 0
     path = next(iter(sorted(stage_folder(row, flags).glob("**/config.json"))), None)
     config = common.load_json(path) if path else {}
-    steps, batch = {"dm": ("steps", "batch"), "adm": ("adm_steps", "adm_batch"), "cd": ("cd_steps", "cd_batch"), "post": ("post_steps", "batch")}[row.stage]
+    steps, batch = COUNTED[row.stage]
     return config.get(steps, 0) * config.get(batch, 0)
 
 
@@ -420,7 +424,7 @@ def training_cost(row: Row, flags: Flags) -> str:
         G = 3 * kl + 3 * c["steps"] * (c["reg_weight"] > 0) + (kl * (c["ttur"] - 1) + c["fake_warmup"] * (kl > 0))
         mu = kl * (2 * c["draws"] + 3 * c["ttur"]) + 3 * c["fake_warmup"] * (kl > 0)
     small = c.get("student_size") or facts.sizes[0]
-    total = row.K * (c["cd_batch"] if row.stage == "cd" else c["batch"]) * 2 * (G * multiply_adds(facts, small) + mu * multiply_adds(facts, facts.sizes[0]))
+    total = row.K * c[COUNTED[row.stage][1]] * 2 * (G * multiply_adds(facts, small) + mu * multiply_adds(facts, facts.sizes[0]))
     return f"{total / 1e12:.2f}"
 
 
@@ -433,11 +437,10 @@ def curves(claim: Claim, flags: Flags) -> dict:
     """{row name: (samples seen by a student, distance on its own classes)} of the first seed, where metrics are there."""
     out = {}
     for row in claim.rows if claim.curve else ():
-        home = stage_folder(row, flags)
-        if (home / "metrics.csv").exists():
-            config = common.load_json(home / "config.json")
-            steps, value = plot.over_students(plot.read_metrics(home).get("l1", {}))
-            out[row.name] = (steps * config.get({"cd": "cd_batch"}.get(row.stage, "batch"), 0), value)
+        place = stage_folder(row, flags)
+        if (place / "metrics.csv").exists():
+            steps, value = plot.over_students(plot.read_metrics(place).get("l1", {}))
+            out[row.name] = (steps * common.load_json(place / "config.json")[COUNTED[row.stage][1]], value)
     return out
 
 

@@ -165,7 +165,6 @@ class ToyNet(nn.Module):
         out = torch.baddbmm(self.b_out, h, self.w_out)
         return (out, middle) if features else out
 
-
     def label_embeddings(self) -> Tensor:
         """What the first member knows of each condition, [classes, d]: E, or its learned class embeddings."""
         return self.table[0].detach() if self.E is None else self.E
