@@ -61,15 +61,22 @@ class Facts:
     sample: Callable | None = None         # … and the sampler of the data, sample(label, generator) -> x, that goes with it
     embeddings: Callable | None = None     # embeddings() -> [classes, d], where conditions are rows of a fixed table
     meaning: Callable = lambda label: label  # the class [...] that a label [...] stands for, where several labels mean one
+    fields: dict = dataclasses.field(default_factory=dict, compare=False)      # what each of `sizes` stands for: (width, depth), or a unet.Size
 
     @property
     def resolution(self) -> int:
         """Pixels of an image's side; 0 where x is no image. What checkpoints and config.json keep."""
         return self.shape[-1] if self.native else 0
 
-    def net(self, students: int = 1, size: str | None = None):
-        """A network of `students` students; size: one of `sizes`, the first if not given (images: or the fields of a unet.Size)."""
+    def net(self, students: int = 1, size=None):
+        """A network of `students` students; size: one of `sizes`, the first if not given, or such a size's fields."""
         return self.make(self, students, size or self.sizes[0])
+
+    def narrowed(self, size, keep: float) -> tuple:
+        """The same architecture with about this share of a size's channels, as fields for `net`; image widths stay divisible for group norms."""
+        width, *rest = self.fields[size] if isinstance(size, str) else size
+        unit = 1 if not self.native else 32 if width >= 64 else 4
+        return (max(unit, round(width * keep / unit) * unit), *rest)
 
 
 def _image_net(facts: Facts, students: int, size, sizes: dict) -> unet.UNet:
@@ -80,15 +87,15 @@ def _image_net(facts: Facts, students: int, size, sizes: dict) -> unet.UNet:
 
 def _images(name: str, channels: int, resolution: int, classes: int, sizes: dict, **more) -> Facts:
     return Facts(name, (channels, resolution, resolution), classes, functools.partial(_image_net, sizes=sizes), tuple(sizes),
-                 stacked=False, metric="fd", **more)
+                 stacked=False, metric="fd", fields=sizes, **more)
 
 
 DATASETS = {
     "toy": Facts("toy", (2,), toy_mog.CLASSES, lambda facts, students, size: toy_mog.toy_net(students, size), tuple(toy_mog.SIZES),
-                 stacked=True, chunk=8192, metric="l1", exact=toy_mog.denoiser, sample=toy_mog.sample),
+                 stacked=True, chunk=8192, metric="l1", exact=toy_mog.denoiser, sample=toy_mog.sample, fields=toy_mog.SIZES),
     # text-like conditions: label picks a row of a fixed table of embeddings; partitions and router look at them
     "toy-prompts": Facts("toy-prompts", (2,), toy_mog.PROMPTS, lambda facts, students, size: toy_mog.toy_net(students, size, toy_mog.prompts()),
-                         tuple(toy_mog.SIZES), stacked=True, chunk=8192, metric="l1", embeddings=toy_mog.prompts, meaning=toy_mog.prompt_class,
+                         tuple(toy_mog.SIZES), stacked=True, chunk=8192, metric="l1", fields=toy_mog.SIZES, embeddings=toy_mog.prompts, meaning=toy_mog.prompt_class,
                          exact=lambda x, sigma, label=None: toy_mog.denoiser(x, sigma, None if label is None else toy_mog.prompt_class(label)),
                          sample=lambda label, generator: toy_mog.sample(toy_mog.prompt_class(label), generator)),
     "fashion-mnist": _images("fashion-mnist", 1, 16, 10, unet.LAPTOP, chunk=500, native=32, flip=False),

@@ -482,29 +482,31 @@ def get_inputs(flags: Flags, device, ranks, get_teachers=edm.get_teachers) -> In
     judge = data.judge(flags, source, device, ranks)
     pairs, references = [], {}
     for seed, D in zip(edm.seeds(flags), teachers):
-        denoise = edm.mu_teacher(flags, D, facts.exact)
-        home, lineage = Path(flags.out) / f"seed{seed}", edm.lineage(flags, seed)
-
-        def solved(folder: Path, purpose: str, number: int) -> dict:
-            return solve(folder, purpose, number, denoise, facts, seed, flags.sampler_steps, device, ranks, flags.quiet)
-
-        folder = home / "pairs" / str(flags.pairs)
-        common.check_config(folder, {**lineage, "sampler_steps": flags.sampler_steps, **common.stage_config(flags, "pairs")})
-        pairs.append(solved(folder, "pairs", flags.pairs))
-        folder = home / "reference"
-        common.check_config(folder, {**lineage, **common.stage_config(flags, "samples")})
-        drawn = {p: solved(folder, p, flags.eval_samples) for p in (("select", "report") if facts.stacked else ("report",))}
-        references[seed] = {p: judge.statistics(d["y"][0], d["label"][0]) for p, d in drawn.items()}
-        references[seed] |= judge.truth(seed, flags.eval_samples)
-        if "select" in drawn:                                       # two draws of the teacher: nothing can be told apart below it
-            references[seed]["floor"] = judge.distance(references[seed]["select"], references[seed]["report"])
-        else:                                                       # images: choose by the data [MSD App. E]
-            references[seed]["select"] = references[seed]["real"]
+        folder = Path(flags.out) / f"seed{seed}" / "pairs" / str(flags.pairs)
+        common.check_config(folder, {**edm.lineage(flags, seed), "sampler_steps": flags.sampler_steps, **common.stage_config(flags, "pairs")})
+        pairs.append(solve(folder, "pairs", flags.pairs, edm.mu_teacher(flags, D, facts.exact), facts, seed, flags.sampler_steps, device, ranks, flags.quiet))
+        references[seed] = get_reference(flags, seed, D, judge, device, ranks)
+        if not facts.stacked:
             n = min(flags.pairs, flags.eval_samples)                # two draws of equal size: the distance depends on it
-            a, b = (judge.statistics(d["y"][0, :n], d["label"][0, :n]) for d in (pairs[-1], drawn["report"]))
+            y = common.load_shards(Path(flags.out) / f"seed{seed}" / "reference", "report")
+            a, b = (judge.statistics(x[:n], pairs[-1]["label"][0, :n]) for x in (pairs[-1]["y"][0], y))
             references[seed]["floor"] = judge.distance(a, b)
     joined = {k: torch.cat([p[k] for p in pairs]).to(device) for k in ("z", "y", "label")}
     return Inputs(teachers, joined, references, judge)
+
+
+def get_reference(flags, seed: int, D, judge: data.Judge, device, ranks) -> dict:
+    """What samples of a seed are compared with: the teacher's own (made now, or reused) and the data. Statistics, as in `Inputs`; of
+    images without "floor". flags: the teacher's are enough."""
+    facts, folder = data.facts(flags.dataset, flags.resolution), Path(flags.out) / f"seed{seed}" / "reference"
+    common.check_config(folder, {**edm.lineage(flags, seed), **common.stage_config(flags, "samples")})
+    denoise = edm.mu_teacher(flags, D, facts.exact)
+    drawn = {p: solve(folder, p, flags.eval_samples, denoise, facts, seed, flags.sampler_steps, device, ranks, flags.quiet)
+             for p in (("select", "report") if facts.stacked else ("report",))}
+    out = {p: judge.statistics(d["y"][0], d["label"][0]) for p, d in drawn.items()} | judge.truth(seed, flags.eval_samples)
+    if "select" in drawn:                                           # two draws of the teacher: nothing can be told apart below it
+        return out | {"floor": judge.distance(out["select"], out["report"])}
+    return out | {"select": out["real"]}                            # images: choose by the data [MSD App. E]
 
 
 def stage_folder(flags: Flags, seed: int, students: int, stage: str = "dm", tag: str | None = None) -> Path:

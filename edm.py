@@ -6,7 +6,7 @@ Trains D(x; sigma, label), an estimate of E[x0 | x0 + sigma n = x, label], from 
   noise levels of the sampler             [EDM Eq. 5]          sigma_steps
   1000 noise levels for distillation      [MSD App. D.1]       sigma_bins
   loss weight and loss                    [EDM Eq. 2], [MSD Eq. 8]'s lambda_t      loss_weight, denoising_loss
-  deterministic and stochastic sampler    [EDM Alg. 1], [EDM Alg. 2]               heun
+  deterministic and stochastic sampler    [EDM Alg. 1], [EDM Alg. 2]               heun; of first order: ddim
   score from denoiser                     [MSD Eq. 7]          dmd.py
 
 Not here: the exact denoiser of the toy (toy_mog.py, `--teacher exact`), distillation (dmd.py, msd.py).
@@ -126,9 +126,12 @@ class Precond(nn.Module):
         return (self.sigma_data ** 2 / (above ** 2 + self.sigma_data ** 2), above * self.sigma_data / total.sqrt(), 1 / total.sqrt(),
                 sigma.log() / 4)
 
-    def forward(self, x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor, label: Tensor | None = None, features: bool = False):
+        """D [..., *shape]; with features=True also the network's bottleneck at (x, sigma) (o2mkd.py)."""
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
-        return like(c_skip, x) * x + like(c_out, x) * self.net(like(c_in, x) * x, c_noise, label).to(x.dtype)
+        out, *middle = self.net(like(c_in, x) * x, c_noise, label, features=True) if features else (self.net(like(c_in, x) * x, c_noise, label),)
+        D = like(c_skip, x) * x + like(c_out, x) * out.to(x.dtype)
+        return (D, middle[0].to(x.dtype)) if features else D
 
     def bottleneck(self, x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor:
         """The network's bottleneck at (x, sigma), without what follows it: what a head sees (adm.py)."""
@@ -172,11 +175,11 @@ def denoising_loss(denoise, x: Tensor, label: Tensor | None, sigma: Tensor, nois
 
 @torch.no_grad()
 def heun(denoise, z: Tensor, label: Tensor | None, steps: int, *, S_churn: float = 0.0, S_min: float = 0.0,
-         S_max: float = math.inf, S_noise: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+         S_max: float = math.inf, S_noise: float = 1.0, generator: torch.Generator | None = None, order: int = 2) -> Tensor:
     """Samples x0 [..., *shape] from unit-variance latents z [..., *shape]; 2 steps - 1 evaluations of `denoise`.
 
     [EDM Alg. 1] with S_churn = 0 (deterministic: the ODE that pairs z with x0); [EDM Alg. 2] with S_churn > 0.
-    The state is float64 (float32 on mps); `denoise` is called in z's dtype."""
+    The state is float64 (float32 on mps); `denoise` is called in z's dtype. order 1: without the second evaluation (`ddim`)."""
     lead = label.shape if label is not None else z.shape[:1]
     wide = torch.float32 if z.device.type == "mps" else torch.float64
 
@@ -193,11 +196,16 @@ def heun(denoise, z: Tensor, label: Tensor | None, steps: int, *, S_churn: float
             x = x + S_noise * math.sqrt(t_hat ** 2 - t[i] ** 2) * noise
         d = (x - D(x, t_hat)) / t_hat                               # dx/dt of the probability-flow ODE
         x_next = x + (t[i + 1] - t_hat) * d
-        if t[i + 1] > 0:                                            # the last step, to 0, stays Euler's
+        if t[i + 1] > 0 and order == 2:                             # the last step, to 0, stays Euler's
             d_next = (x_next - D(x_next, t[i + 1])) / t[i + 1]
             x_next = x + (t[i + 1] - t_hat) * (d + d_next) / 2
         x = x_next
     return x.to(z.dtype)
+
+
+def ddim(denoise, z: Tensor, label: Tensor | None, steps: int) -> Tensor:
+    """As `heun`, but of first order: one evaluation a step. DDIM [Song et al. 2021] in EDM's variables is Euler's method on its ODE."""
+    return heun(denoise, z, label, steps, order=1)
 
 
 # ----------------------------------------------------------------------------------------------------------- training

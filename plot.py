@@ -15,6 +15,8 @@ of both
   stages.png         distance to the data after each stage, beside the teacher's                    [MSD Table 1]
   gan.png            ADM: distance, the critic's accuracy, GAN losses, GAN term beside DM term
   figure8.png        student size, classes covered, stage: where runs of several sizes are          [MSD Fig. 8]
+of students by noise level (o2mkd.py), figures NAME-o2mkd.png: samples, students (distance against N), losses [O2MKD Fig. 9],
+  drift (the teacher's features by noise level) [O2MKD Fig. 1], curve (distance against multiply-adds) [O2MKD Fig. 6]
 
 The one file that imports matplotlib.
 """
@@ -93,10 +95,11 @@ def figure4(out: Path, results: dict, home: Path, folders: dict) -> plt.Figure:
         share = _share(common.load_tensors(folders[K] / "samples.pt")["x"])
         name = f"{K} student" + "s" * (K > 1)
         value = results["students"][str(K)]["per_seed"][0]["l1"]
-        _image(axes[1 + i], share, f"{name}, one evaluation", DENSITY, top, f"$\\ell_1$ to teacher = {value:.3f}")
+        how = f"{t['evaluations']} evaluations" if "method" in results else "one evaluation"
+        _image(axes[1 + i], share, f"{name}, {how}", DENSITY, top, f"$\\ell_1$ to teacher = {value:.3f}")
         _image(axes[1 + len(shown) + i], np.abs(share - teacher), f"|difference|, {name}", GAP, top)
-    fig.suptitle("One-step students of a 2-D mixture of 64 Gaussians (8 classes): histograms of "
-                 f"{results['samples']:,} samples, colour = square root of share")
+    who = "Smaller students, in turn along the trajectory," if "method" in results else "One-step students"
+    fig.suptitle(f"{who} of a 2-D mixture of 64 Gaussians (8 classes): histograms of {results['samples']:,} samples, colour = square root of share")
     return fig
 
 
@@ -116,7 +119,7 @@ def l1_against_k(results: dict) -> plt.Figure:
     if "bound" in results:
         ax.axhline(results["bound"]["l1"], ls=":", color="k", label=f"{results['bound']['points']}-point Heun sampler, {results['bound']['l1']:.3f}")
     reference = "teacher" if m == "l1" else "data"
-    ax.set(xticks=x, xticklabels=ks, xlabel="number of students K", ylabel=f"$\\ell_1$ to the {reference} (0 to 1)",
+    ax.set(xticks=x, xticklabels=ks, xlabel=f"number of students {'N' if 'method' in results else 'K'}", ylabel=f"$\\ell_1$ to the {reference} (0 to 1)",
            title="More students, better samples?" if len(ks) > 1 else f"Distance to the {reference}")
     ax.set_ylim(0, max(r[m] for r in rows) * 1.45 + 0.02)
     ax.legend(fontsize=8, loc="upper right")
@@ -238,7 +241,7 @@ def fd_against_k(results: dict) -> plt.Figure:
     t = results["teacher"]
     ax.axhline(t["fd_data"], ls="--", color="#d94801", label=f"teacher, {t['evaluations']} evaluations: {t['fd_data']:.2f}")
     ax.axhline(results["floor_data"], ls=":", color="k", label=f"test images: {results['floor_data']:.2f}")
-    ax.set(xticks=range(len(ks)), xticklabels=ks, xlabel="number of students K", ylabel=f"{results['title']} to the training images",
+    ax.set(xticks=range(len(ks)), xticklabels=ks, xlabel=f"number of students {'N' if 'method' in results else 'K'}", ylabel=f"{results['title']} to the training images",
            ylim=(0, max([t["fd_data"], *[r["fd_data"] for r in rows]]) * 1.4 + 1e-3))
     ax.legend(fontsize=8, loc="upper right")
     return fig
@@ -387,6 +390,72 @@ def claim(name: str, text: str, numbers: dict, metric: str, lines: dict, curves:
     return fig
 
 
+def losses(folder: Path, N: str) -> plt.Figure:
+    """[O2MKD Fig. 9]: each loss of one student's training, relative to its first value; single batches."""
+    fig, ax = plt.subplots(figsize=(6.4, 3.8))
+    for i, (name, curves) in enumerate(read_metrics(folder).items()):
+        steps, value = next(iter(curves.values()))
+        ax.plot(steps, np.array(value) / value[0], lw=0.9, color=plt.cm.plasma(0.8 * i / 3), label=f"{name} loss")
+    ax.set(yscale="log", xlabel="updates", ylabel="loss of the batch / that of the first", title=f"Losses of one student of {N}, first seed")
+    ax.legend(fontsize=8)
+    return fig
+
+
+def feature_drift(found: dict) -> plt.Figure:
+    """[O2MKD Fig. 1]: the teacher's bottleneck by noise level: quantiles of its activations; distance of the features of every two levels."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10.4, 4.2))
+    sigma, q = np.array(found["sigma"]), np.array(found["quantiles"])
+    for low, high, alpha in ((0, 4, 0.25), (1, 3, 0.5)):
+        left.fill_between(sigma, q[:, low], q[:, high], color="#2171b5", alpha=alpha, lw=0, label=("1 to 99 %", "25 to 75 %")[low])
+    left.plot(sigma, q[:, 2], color="#08306b", label="median")
+    left.set(xscale="log", xlabel="noise level $\\sigma$", ylabel="activations of the bottleneck", title="Their range moves with the noise level …")
+    left.legend(fontsize=8)
+    shown = right.imshow(np.array(found["distance"]), origin="lower", cmap="viridis")
+    ticks = list(range(0, len(sigma), 5))
+    right.set(xticks=ticks, xticklabels=[f"{sigma[i]:.2g}" for i in ticks], yticks=ticks, yticklabels=[f"{sigma[i]:.2g}" for i in ticks],
+              xlabel="$\\sigma$", ylabel="$\\sigma$", title="… gradually: Fréchet distance of two levels' features")
+    fig.colorbar(shown, ax=right)
+    return fig
+
+
+def steps_curve(results: dict) -> plt.Figure:
+    """[O2MKD Fig. 6]: distance to the data against the multiply-adds of a whole sample, teacher and students, both samplers."""
+    fig, axes = plt.subplots(1, 2, figsize=(10.4, 4), sharey=True)
+    m = f"{results['metric']}_data"
+    for ax, sampler in zip(axes, ("heun", "ddim")):
+        runs = sorted(((int(s.split("-")[1]), of_n) for s, of_n in results["stages"].items() if s.startswith(sampler + "-")), key=lambda r: r[0])
+        for i, N in enumerate(sorted({N for _, of_n in runs for N in of_n}, key=int)):
+            each = results["cost"][N]["multiply_adds"] / results["teacher"]["evaluations"]
+            points = [(each * (2 * n - 1 if sampler == "heun" else n), n, of_n[N][m]) for n, of_n in runs if N in of_n]
+            ax.plot([p[0] for p in points], [p[2] for p in points], "o-", ms=4, color="#d94801" if N == "0" else plt.cm.viridis(i / 4),
+                    label="teacher" if N == "0" else f"N = {N}")
+            for cost, n, value in points:
+                ax.annotate(f" {n}", (cost, value), fontsize=7)
+        ax.set(xscale="log", xlabel="multiply-adds of a sample", title=f"{sampler}; beside each point its number of steps")
+        ax.legend(fontsize=8)
+    axes[0].set_ylabel(("$\\ell_1$" if m == "l1_data" else results["title"]) + " to the data")
+    return fig
+
+
+def draw_o2mkd(out: Path, results: dict, suffix: str) -> list[Path]:
+    """The figures of o2mkd.py, from its results and run folder."""
+    home = out / f"seed{results['seeds'][0]}"
+    folders = {int(N): home / f"o2mkd{N}{suffix.removeprefix('-o2mkd')}" for N in results["students"]}
+    folders = {N: f for N, f in folders.items() if (f / "samples.pt").exists()}
+    if not folders:
+        raise common.UserError(f"{home}: the students' folders that its results name are gone; run o2mkd.py with --out {out} again")
+    toy = results["metric"] == "l1"
+    figures = {"samples": figure4(out, results, home, folders) if toy else image_samples(results, home, folders),
+               "students": (l1_against_k if toy else fd_against_k)({**results, "stages": {"o2mkd": results["students"]}})}
+    where = folders[min(folders)] if toy else folders[min(folders)] / "student0"
+    figures["losses"] = losses(where, min(folders))
+    if (home / "teacher" / "drift.json").exists():
+        figures["drift"] = feature_drift(common.load_json(home / "teacher" / "drift.json", "sigma"))
+    if any(s.startswith("heun-") for s in results["stages"]):
+        figures["curve"] = steps_curve(results)
+    return [save(fig, out / "figures" / f"{name}{suffix}.png") for name, fig in figures.items()]
+
+
 def beside(path: Path, document: Path) -> str:
     """The path of a picture as a document in another folder names it."""
     return os.path.relpath(path, document.parent)
@@ -400,6 +469,8 @@ def draw(out, tag: str = "") -> list[Path]:
         raise common.UserError(f"{path}: no such file; run msd.py with --out {out} first")
     results = common.load_json(path, "seeds", "students", "samples", "metric")
     home = out / f"seed{results['seeds'][0]}"
+    if results.get("method") == "o2mkd":
+        return draw_o2mkd(out, results, suffix)
 
     def stage_folders(stage: str) -> dict:
         found = {int(K): home / f"students{K}{suffix}" / stage for K in results["students"]}
@@ -428,7 +499,7 @@ def draw(out, tag: str = "") -> list[Path]:
         figures["teacher"] = teacher_error(home)
     written = []
     sizes = {}
-    for other in sorted(out.glob("results*.json")):                 # runs of several sizes, of several K each
+    for other in sorted(set(out.glob("results*.json")) - set(out.glob("results-o2mkd*.json"))):     # runs of several sizes, of several K each
         r = common.load_json(other)
         if "classes_of_data" in r and len(r["students"]) > 1 and other.stem in ("results", f"results-{r['size']}"):
             sizes[r["size"]] = r

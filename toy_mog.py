@@ -170,9 +170,9 @@ class ToyNet(nn.Module):
         return self.table[0].detach() if self.E is None else self.E
 
 
-def toy_net(students: int = 1, size: str = "B", embeddings: Tensor | None = None) -> ToyNet:
-    """A stack of ToyNets of one of the SIZES."""
-    width, depth = SIZES[size]
+def toy_net(students: int = 1, size: str | tuple = "B", embeddings: Tensor | None = None) -> ToyNet:
+    """A stack of ToyNets of one of the SIZES, or of a (width, depth) of its own."""
+    width, depth = SIZES[size] if isinstance(size, str) else size
     return ToyNet(students, width, depth, embeddings=embeddings)
 
 
