@@ -50,7 +50,7 @@ from common import flag
 
 BINS = 1000                                # noise levels: edm.sigma_bins(BINS)
 # lambda of each KD, so that its gradient is of the order of the denoising loss's
-LAMBDA = {"prediction": 1.0, "attention": 1.0, "similarity": 1.0, "contrastive": 0.1}
+LAMBDA = {"prediction": 1.0, "attention": 1.0, "similarity": 30.0, "contrastive": 0.03}
 
 
 @dataclasses.dataclass
@@ -59,7 +59,7 @@ class Flags(edm.Flags):
     students: list[int] = flag([4], "number of students N; several numbers are compared (the toy's train as one stack)")
     ranges: int = flag(0, "noise ranges R; 0 = one per student; fewer: the classes are split too, into N / R blocks", low=0)
     scheme: str = flag("uniform", "the ranges: uniform in the 1000 bins; small or large: more students on small or on large sigma; or bins such as 0-99,100-999")
-    p: float = flag(0.5, "chance that an update's sigma come from the student's own range, else from all", "o2mkd", low=0)
+    p: float = flag(0.75, "chance that an update's sigma come from the student's own range, else from all", "o2mkd", low=0)
     kd: str = flag("prediction", "what is distilled", "o2mkd", tuple(LAMBDA))
     kd_weight: float = flag(-1.0, "lambda, weight of KD beside the denoising loss; 0 = no KD; -1 = LAMBDA's of this KD", "o2mkd", low=-1)
     keep: float = flag(0.5, "share of the teacher's channels that students keep; 1 = its size", low=0)
@@ -707,12 +707,21 @@ def print_plan(flags: Flags, facts: data.Facts, where: str) -> None:
         print(f"  N = {N}: bins (sigma) " + " | ".join(shown if len(shown) <= 8 else [*shown[:4], "…", shown[-1]]) + (f", for each of {msd.shown(parts)}" if parts else ""))
 
 
-def estimate(flags: Flags, facts: data.Facts, size, device) -> float:
-    """Seconds of the students' training on this machine, from timed forward passes: within a factor of two."""
-    members = sum(flags.students) * flags.seeds
-    def forward(kind) -> float:
-        return msd._forward_seconds(facts, members if facts.stacked else 1, flags.batch, kind, flags.precision, device) * (1 if facts.stacked else members)
-    return flags.steps * (4.5 * forward(size) + forward(flags.teacher_size or facts.sizes[0]))
+def estimate(flags: Flags, facts: data.Facts, size, device, shared: bool = True) -> float:
+    """Seconds that the run will take from nothing on this machine, from timed forward passes: within a factor of two.
+
+    shared: with what runs of one folder share: the teacher, its samples."""
+    def forward(members: int, batch: int, kind) -> float:
+        return msd._forward_seconds(facts, members, batch, kind, flags.precision, device)
+    big, n, N = flags.teacher_size or facts.sizes[0], flags.seeds, len(flags.students)
+    members, times = (sum(flags.students) * n, 1) if facts.stacked else (1, sum(flags.students) * n)
+    total = 5 + flags.steps * times * (4.5 * forward(members, flags.batch, size) + forward(members, flags.batch, big))
+    passes = sum(3 * k for k in flags.curve)                        # both samplers
+    drawn = {size: evaluations(flags.sampler_steps, flags.sampler) * N * (1 + 3 * flags.merge) + passes * N, big: passes}
+    if shared:
+        drawn[big] = drawn.get(big, 0) + evaluations(flags.sampler_steps, "heun") * (2 if facts.stacked else 1)
+        total += (flags.teacher == "train") * flags.teacher_steps * 4.5 * forward(n if facts.stacked else 1, flags.teacher_batch, big) * (1 if facts.stacked else n)
+    return total + sum(k * flags.eval_samples / facts.chunk * forward(1, facts.chunk, kind) * n for kind, k in drawn.items())
 
 
 @common.command
@@ -742,8 +751,8 @@ def main(argv=None):
         starts = [start_of(flags, facts, m, size, teachers[seeds.index(m.seed)]) for m in members]      # are they there? Before hours of training
         if ranks.rank == 0:
             seconds = estimate(flags, facts, size, device)
-            print_plan(flags, facts, f", on {device} ({torch.get_num_threads()} threads, {ranks.size} rank{'s' * (ranks.size > 1)}), training about "
-                       f"{f'{seconds / 60:.0f} min' if seconds > 90 else f'{seconds:.0f} s'}")
+            print_plan(flags, facts, f", on {device} ({torch.get_num_threads()} threads, {ranks.size} rank{'s' * (ranks.size > 1)}), about "
+                       f"{f'{seconds / 60:.0f} min' if seconds > 90 else f'{seconds:.0f} s'} from nothing")
         judge = data.judge(flags, source, device, ranks)
         references = {seed: dmd.get_reference(flags, seed, D, judge, device, ranks) for seed, D in zip(seeds, teachers)}
     distil(flags, members, starts, teachers, source, device, ranks)

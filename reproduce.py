@@ -1,7 +1,7 @@
-"""Every claim of the papers as a command: train what it needs, compare, judge, draw [MSD Table 1, Table 5, Table 6, Fig. 4 to 8].
+"""Every claim of the papers as a command: train what it needs, compare, judge, draw [MSD Table 1, 5, 6, Fig. 4 to 8], [O2MKD].
 
 A claim is a line of CLAIMS: what the paper says, which runs it needs, which pairs of rows are compared. A run is a line of RUNS: a
-command line of msd.py, kept in one run folder under its tag, so that claims share runs, and all share teachers and pairs. Its
+command line of msd.py or o2mkd.py, kept in one run folder under its tag, so that claims share runs, and all share teachers. Its
 students of all K and all seeds train as one stack.
 
 A verdict is computed, never typed: paired by seed, a is below b if the mean difference exceeds t(0.95, n - 1) standard errors
@@ -17,7 +17,7 @@ A claim holds if all its comparisons do; if some do, the table says how many, an
 Killed, the same command goes on: a finished run is not started again (OUT/runs.json), an unfinished one goes on where its last
 checkpoint stands. Writes OUT/RESULTS.md, OUT/RESULTS.json (every seed) and OUT/figures/claim-ID.png; what each run printed: OUT/logs.
 
-Not here: what the runs do (msd.py), the papers' own scale: the numbers beside ours are FID on ImageNet-64 and measure another thing.
+Not here: what the runs do (msd.py, o2mkd.py), the papers' own scale: the numbers beside ours are FID on ImageNet-64 and measure another thing.
 """
 import contextlib
 import dataclasses
@@ -25,11 +25,13 @@ import hashlib
 import math
 import os
 import shlex
+import shutil
 from pathlib import Path
 
 import common
 import data
 import msd
+import o2mkd
 import plot
 from common import flag
 
@@ -57,7 +59,10 @@ class Flags:
 PROMPT_SPLITS = ("random", "kmeans", "quadrant")
 PAIRS = (250, 1000, 4000, 16_000)
 SIZES = {"XXS": "XXS", "XS": "XS", "S": "S", "B": ""}                # tag of the students of each size, after TSM; B: the teacher's size and weights
-RUNS = {                                                            # tag: the command line of msd.py; "": the untagged students
+P, O2P = (0, 25, 50, 100), {75: "o2mkd"}                           # p in per cent; 75 is the preset's
+STEPS = (10, 20, 37, 75)                                            # 37 and 75 of the smaller students cost what 10 and 20 of the teacher do
+KDS = {"prediction": "o2mkd", "attention": "o2mkd-attention", "similarity": "o2mkd-similarity", "contrastive": "o2mkd-contrastive", "no KD": "o2mkd-none"}
+RUNS = {                                                            # tag: the command line of msd.py, or of the named script; "": the untagged students
     "": "--students 1 2 4 8",
     "cd": "--students 1 2 4 8 --method cd",
     "batch32": "--students 4 --batch 32", "batch16": "--students 8 --batch 16",
@@ -80,9 +85,25 @@ RUNS = {                                                            # tag: the c
     "XS-post": "--students 8 --student-size XS --stages post",
     **{f"prompts-{how}": f"--dataset toy-prompts --students 4 --partition {how}" for how in PROMPT_SPLITS},
     "fashion": "--dataset fashion-mnist --students 1 5",
+    # students by noise level: the tag is o2mkd-TAG
+    "o2mkd": "o2mkd.py --students 1 2 4 8",
+    "o2mkd+": f"o2mkd.py --students 1 4 --merge --inspect 0 --curve {' '.join(map(str, STEPS))}",                 # untagged too: more of the same students
+    **{f"o2mkd-p{p}": f"o2mkd.py --students 4 --p {p / 100:g}" + " --inspect 0" * (p in (0, 100)) for p in P},
+    **{f"o2mkd-{kd}": f"o2mkd.py --students 1 4 --kd {kd}" for kd in ("attention", "similarity", "contrastive")},
+    "o2mkd-none": "o2mkd.py --students 1 4 --kd-weight 0",
+    "o2mkd-small": "o2mkd.py --students 4 --scheme small", "o2mkd-large": "o2mkd.py --students 4 --scheme large",
+    "o2mkd-fork": "o2mkd.py --students 1 4 --init o2mkd1 --lr 2e-3 --merge",
+    "o2mkd-same": "o2mkd.py --students 1 4 --keep 1",
+    "o2mkd-keep70": "o2mkd.py --students 1 4 --keep 0.7",
+    "o2mkd-2x2": "o2mkd.py --students 4 --ranges 2", "o2mkd-4x1": "o2mkd.py --students 4 --ranges 1", "o2mkd-4x2": "o2mkd.py --students 8 --ranges 2",
+    "o2mkd-fashion": "o2mkd.py --dataset fashion-mnist --students 1 2 4",
+    "o2mkd-fashion-fork": "o2mkd.py --dataset fashion-mnist --students 1 4 --init o2mkd1 --lr 4e-4 --steps 1000 --merge",
 }
 FEWER = {"cd": 2, "S": 3, "XS": 3, "XXS": 3, **{f"prompts-{how}": 3 for how in PROMPT_SPLITS}}      # long ones: at most so many seeds
-UNTAGGED, AFTER = ("", "adm", "adm2", "fashion"), {"adm": [""], "adm2": [""], "continued": [""], "continued-reg": [""], "joint-fast": ["warm"], "XS-post": ["", "adm"]}
+UNTAGGED = ("", "adm", "adm2", "fashion", "o2mkd", "o2mkd+", "o2mkd-fashion")
+AFTER = {"adm": [""], "adm2": [""], "continued": [""], "continued-reg": [""], "joint-fast": ["warm"], "XS-post": ["", "adm"],
+         "o2mkd+": ["o2mkd"], "o2mkd-fork": ["o2mkd"], "o2mkd-fashion-fork": ["o2mkd-fashion"]}
+IMAGES = ("fig4-images", "o2-n-images", "o2-merge-images")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +126,7 @@ class Claim:
     metric: str = "l1"
     more: bool = False
     curve: str = ""                        # the stage whose curves stand beside the dots, against samples seen
+    picture: str = ""                      # a figure of the first row's run folder that belongs to it
 
 
 def _of_k(tag: str, stage: str, ks=(1, 2, 4, 8), prefix: str = "") -> tuple[Row, ...]:
@@ -164,6 +186,56 @@ CLAIMS = {c.id: c for c in (
            Row("1 student, 4 units", "steps12000", "dm", 1), Row("4 students, 4 units", "", "dm", 4)),
           (("4 students, 1 unit", "1 student, 1 unit"), ("8 students, 1 unit", "1 student, 1 unit"), ("4 students, 4 units", "1 student, 4 units"))),
     Claim("diversity", "more students cover the modes more evenly: the emptiest mode's share", "asked by reviewers", _of_k("", "dm"), (("K = 8", "K = 1"),), "mode_min", True),
+    Claim("o2-n", "N students by noise level beat one of the same size at the same inference cost (half of the channels; also 30 % removed)",
+          "FID, N = 1, 4, 8: 5.32, 4.62, 4.34",
+          (*(Row(f"N = {N}", "o2mkd", "o2mkd", N) for N in (1, 2, 4, 8)), *(Row(f"30 % removed, N = {N}", "o2mkd-keep70", "o2mkd", N) for N in (1, 4))),
+          (("N = 8", "N = 1"), ("N = 2", "N = 1"), ("N = 4", "N = 2"), ("N = 8", "N = 4"), ("30 % removed, N = 4", "30 % removed, N = 1")), "l1_data", picture="samples-o2mkd"),
+    Claim("o2-loss", "it works with each distillation loss, and each loss beats none", "FID, N = 1 -> 4: 5.36 -> 4.73, 5.51 -> 4.81, 5.32 -> 4.62, 5.44 -> 4.75; without KD 5.84",
+          tuple(Row(f"{name}, N = {N}", tag, "o2mkd", N) for name, tag in KDS.items() for N in (1, 4)),
+          (*((f"{name}, N = 4", f"{name}, N = 1") for name in KDS if name != "no KD"), *((f"{name}, N = 1", "no KD, N = 1") for name in KDS if name != "no KD")), "l1_data"),
+    Claim("o2-p", "p = 0 and p = 1 are both worse than between; p = 1 fails outside its range (N = 4; student 0 alone, or with the teacher elsewhere)",
+          "FID of one student, p = 1 and between: alone 432 and 5.27; teacher elsewhere 4.52 and 4.33",
+          (*(Row(f"p = {p / 100:g}", O2P.get(p, f"o2mkd-p{p}"), "o2mkd", 4) for p in (0, 25, 50, 75, 100)),
+           *(Row(f"{name}, p = {p / 100:g}", "o2mkd+" if p == 75 else f"o2mkd-p{p}", f"{stage}-0", 4) for name, stage in (("alone", "alone"), ("teacher elsewhere", "hybrid"))
+             for p in (0, 75, 100))),
+          (("p = 0.75", "p = 0"), ("p = 0.75", "p = 1"), ("alone, p = 0.75", "alone, p = 1"), ("teacher elsewhere, p = 0.75", "teacher elsewhere, p = 1")), "l1_data"),
+    Claim("o2-scheme", "more students on small noise help (N = 4)", "FID: small 4.23, uniform 4.33, large 4.52",
+          tuple(Row(name, tag, "o2mkd", 4) for name, tag in (("small", "o2mkd-small"), ("uniform", "o2mkd"), ("large", "o2mkd-large"))),
+          (("small", "uniform"), ("uniform", "large")), "l1_data"),
+    Claim("o2-merge", "N students merged into one are still better than one student (N = 4; all from one trained student, or from random weights)",
+          "FID, N = 4: 4.62 before, 4.75 after; one student 5.32",
+          tuple(Row(f"{name}{of}", tag, stage, N) for tag, of in (("o2mkd-fork", ""), ("o2mkd+", ", random start"))
+                for name, stage, N in (("before", "o2mkd", 4), ("merged", "merged", 4), ("merged, c = 1/N", "merged-mean", 4), ("one student", "o2mkd", 1))),
+          (("merged", "one student"), ("merged, c = 1/N", "one student"), ("merged, random start", "one student, random start")), "l1_data"),
+    Claim("o2-same", "it helps without compression: students of the teacher's size that start from it", "FID: teacher 4.19, students 3.78",
+          (Row("the teacher", "o2mkd-same", "o2mkd", 0), *(Row(f"N = {N}", "o2mkd-same", "o2mkd", N) for N in (1, 4))),
+          (("N = 4", "the teacher"), ("N = 4", "N = 1")), "l1_data"),
+    Claim("o2-steps", "it holds at any number of sampling steps; at equal multiply-adds students beat the teacher", "Fig. 6: at every number of DDIM steps; below 500 G",
+          tuple(Row(f"{who}, {n} {sampler} steps", "o2mkd+", f"{sampler}-{n}", K) for sampler in ("heun", "ddim") for who, K in (("teacher", 0), ("N = 1", 1), ("N = 4", 4)) for n in STEPS),
+          (*((f"N = 4, {n} {s} steps", f"N = 1, {n} {s} steps") for s in ("heun", "ddim") for n in STEPS),
+           *((f"N = 4, {many} {s} steps", f"teacher, {few} {s} steps") for s in ("heun", "ddim") for few, many in ((STEPS[0], STEPS[2]), (STEPS[1], STEPS[3])))), "l1_data",
+          picture="curve-o2mkd"),
+    *(Claim(name, text, "Fig. 9: prediction unsteady but falling, relational steady and falling, the denoising loss neither",
+            tuple(Row(loss, "o2mkd-similarity", f"loss-{loss}", 1) for loss in ("denoising", "prediction", "similarity")), below, metric, more, picture="losses-o2mkd-similarity" * more)
+      for name, text, below, metric, more in (
+          ("o2-stable", "distillation is steadier supervision than the denoising loss: coefficient of variation of a batch's loss, second half of the training",
+           (("prediction", "denoising"), ("similarity", "denoising"), ("similarity", "prediction")), "variation", False),
+          ("o2-fall", "and falls further: relative fall of the loss from the first twentieth of the training to the last",
+           (("prediction", "denoising"), ("similarity", "denoising"), ("similarity", "prediction")), "fall", True))),
+    Claim("o2-why", "the teacher's feature distributions drift with sigma, gradually: Frechet distance of the bottleneck's features at neighbouring levels of 21, and half the grid apart",
+          "Fig. 1, no numbers", (Row("neighbouring levels", "o2mkd", "drift-neighbours", 0), Row("half the grid apart", "o2mkd", "drift-far", 0)),
+          (("neighbouring levels", "half the grid apart"),), "distance", picture="drift-o2mkd"),
+    Claim("o2-cost", "N students keep N times the weights, but a sample costs one student: multiply-adds of a sample in 79 evaluations", "CIFAR-10, a step: teacher 6.1 G, students 3.3 or 1.4 G, any N",
+          (Row("the teacher", "o2mkd", "cost", 0), *(Row(f"N = {N}", "o2mkd", "cost", N) for N in (1, 2, 4, 8))), (("N = 8", "the teacher"),), "multiply_adds"),
+    Claim("o2-both", "both ideas at once: blocks of classes x noise ranges beat either alone, at the same number of networks", "in neither paper",
+          (Row("4 ranges", "o2mkd", "o2mkd", 4), Row("2 blocks x 2 ranges", "o2mkd-2x2", "o2mkd", 4), Row("4 blocks", "o2mkd-4x1", "o2mkd", 4),
+           Row("8 ranges", "o2mkd", "o2mkd", 8), Row("4 blocks x 2 ranges", "o2mkd-4x2", "o2mkd", 8)),
+          (("2 blocks x 2 ranges", "4 ranges"), ("2 blocks x 2 ranges", "4 blocks"), ("4 blocks x 2 ranges", "8 ranges")), "l1_data"),
+    Claim("o2-n-images", "N students by noise level beat one, on Fashion-MNIST (ours: FD, our classifier)", "FID, N = 1, 4: 5.32, 4.62",
+          (Row("the teacher", "o2mkd-fashion", "o2mkd", 0), *(Row(f"N = {N}", "o2mkd-fashion", "o2mkd", N) for N in (1, 2, 4))), (("N = 4", "N = 1"), ("N = 2", "N = 1")), "fd_data"),
+    Claim("o2-merge-images", "N students merged into one are still better than one student, on Fashion-MNIST", "FID, N = 4: 4.62 before, 4.75 after; one student 5.32",
+          tuple(Row(name, "o2mkd-fashion-fork", stage, N) for name, stage, N in (("before", "o2mkd", 4), ("merged", "merged", 4), ("merged, c = 1/N", "merged-mean", 4), ("one student", "o2mkd", 1))),
+          (("merged", "one student"), ("merged, c = 1/N", "one student")), "fd_data"),
     Claim("fig4-images", "more students, better quality, on Fashion-MNIST (ours: FD, our classifier)", "FID, K = 1, 4: 2.60, 2.37",
           (Row("K = 1", "fashion", "dm", 1), Row("K = 5", "fashion", "dm", 5)), (("K = 5", "K = 1"),), "fd_data"),
 )}
@@ -171,24 +243,46 @@ CLAIMS = {c.id: c for c in (
 
 # --------------------------------------------------------------------------------------------------------------- the runs
 
+def script(tag: str):
+    """The module whose command a run is: msd, or o2mkd."""
+    return o2mkd if RUNS[tag].startswith("o2mkd.py") else msd
+
+
+def shown(tag: str, flags: Flags) -> str:
+    """A run as one types it."""
+    return f"python {script(tag).__name__}.py {shlex.join(command_line(tag, flags))}"
+
+
+def parsed(tag: str, flags: Flags):
+    """All values of a run."""
+    return common.parse(script(tag).Flags, script(tag).PRESETS, command_line(tag, flags))
+
+
+def tag_of(tag: str) -> str:
+    """The --tag that a run is kept under."""
+    return "" if tag in UNTAGGED else tag.removeprefix("o2mkd-").removeprefix("fashion-")
+
+
 def command_line(tag: str, flags: Flags) -> list[str]:
-    """The arguments of msd.py for a run."""
-    argv = [*RUNS[tag].split(), "--out", str(home(tag, flags))]
-    if tag == "fashion":
+    """The arguments of msd.py or o2mkd.py for a run."""
+    argv = [*RUNS[tag].removeprefix("o2mkd.py ").split(), "--out", str(home(tag, flags))]
+    argv += ["--tag", tag_of(tag)] if tag_of(tag) else []
+    if "fashion-mnist" in argv:
         return argv
     argv += ["--seeds", "1" if flags.quick else str(min(flags.seeds, FEWER.get(tag, flags.seeds)))]
-    argv += ["--tag", tag] if tag not in UNTAGGED else []
     if flags.smoke:                                                 # the preset's own pairs and updates
         for name in ("--preset", "--steps", "--reg-warmup", "--adm-steps", "--tsm-steps", "--pairs"):
             if name in argv:
                 del argv[argv.index(name):argv.index(name) + 2]
         return argv + ["--preset", "smoke", "--eval-samples", "400"]
     if flags.quick:
-        full = common.parse(msd.Flags, msd.PRESETS, argv)
-        dm = () if full.method == "cd" else ("steps", "reg_warmup", "fake_warmup")
+        full = common.parse(script(tag).Flags, script(tag).PRESETS, argv)
+        dm = () if getattr(full, "method", "") == "cd" else ("steps", "reg_warmup", "fake_warmup")
         for name in (*dm, "tsm_steps", "adm_steps", "adm_fake_warmup", "cd_steps", "eval_every", "teacher_steps"):
-            argv += [common.option(name), str(max(1, getattr(full, name) // (3 if name == "teacher_steps" else 5)))]
-        argv += ["--eval-samples", "20000", "--select-samples", "4000"] + (["--pairs", "16000"] if "--pairs" not in argv and full.pairs > 16_000 else [])
+            argv += [common.option(name), str(max(1, getattr(full, name) // (3 if name == "teacher_steps" else 5)))] if hasattr(full, name) else []
+        argv += ["--eval-samples", "20000"]
+        if script(tag) is msd:
+            argv += ["--select-samples", "4000"] + (["--pairs", "16000"] if "--pairs" not in argv and full.pairs > 16_000 else [])
     return argv
 
 
@@ -204,8 +298,8 @@ def folder(flags: Flags) -> str:
 
 
 def results_of(tag: str, flags: Flags) -> Path:
-    """Where msd.py leaves the numbers of a run."""
-    return home(tag, flags) / f"results{common.suffix('' if tag in UNTAGGED else tag)}.json"
+    """Where msd.py or o2mkd.py leaves the numbers of a run."""
+    return home(tag, flags) / f"results{'-o2mkd' * (script(tag) is o2mkd)}{common.suffix(tag_of(tag))}.json"
 
 
 def finished(flags: Flags) -> dict:
@@ -219,16 +313,20 @@ def there(tag: str, flags: Flags) -> bool:
     path = results_of(tag, flags)
     if not path.exists():
         return False
-    results, full = common.load_json(path, "students", "seeds"), common.parse(msd.Flags, msd.PRESETS, command_line(tag, flags))
-    stage = "cd" if full.method == "cd" else full.stages.split(",")[-1]
-    of_k = results.get("stages", {"dm": results["students"]}).get(stage, {})
-    return results["seeds"] == list(range(full.seeds)) and all(str(K) in of_k for K in full.students)
+    results, full = common.load_json(path, "students", "seeds"), parsed(tag, flags)
+    if script(tag) is o2mkd:
+        stages = ["o2mkd", *(f"{s}-{n}" for n in full.curve for s in ("heun", "ddim"))]
+        also = [("merged", max(full.students))] * full.merge + [(f"alone-{full.inspect}", max(full.students))] * (full.inspect >= 0)
+    else:
+        stages, also = ["cd" if full.method == "cd" else full.stages.split(",")[-1]], []
+    of = results.get("stages", {"dm": results["students"]})
+    return results["seeds"] == list(range(full.seeds)) and all(str(K) in of.get(s, {}) for s, K in [*((s, K) for s in stages for K in full.students), *also])
 
 
 def said(tag: str, flags: Flags) -> str:
     """A run as runs.json keeps it: its command line and a hash of all values, defaults too: a run of other values is another run."""
     argv = command_line(tag, flags)
-    full = common.parse(msd.Flags, msd.PRESETS, argv)
+    full = parsed(tag, flags)
     values = [(f.name, getattr(full, f.name)) for f in dataclasses.fields(full) if f.name not in ("quiet", "device", "threads", "against", "target_l1")]
     return f"{shlex.join(argv)} # {hashlib.blake2b(repr(values).encode(), digest_size=6).hexdigest()}"
 
@@ -242,22 +340,25 @@ def needed(claims: list[Claim]) -> list[str]:
 
 
 def hours(tag: str, flags: Flags, device, shared: bool) -> float:
-    """How long a run will take, as msd.py estimates it; shared: with teachers, pairs and the teacher's samples."""
-    full = common.parse(msd.Flags, msd.PRESETS, command_line(tag, flags))
-    msd.check_stages(full, data.facts(full.dataset, full.resolution))
+    """How long a run will take, as its script estimates it; shared: with teachers, pairs and the teacher's samples."""
+    full = parsed(tag, flags)
+    facts = data.facts(full.dataset, full.resolution)
+    if script(tag) is o2mkd:
+        return o2mkd.estimate(full, facts, o2mkd.size_of(full, facts, full.teacher_size or facts.sizes[0]), device, shared) / 3600
+    msd.check_stages(full, facts)
     return msd.estimate(full, device, shared) / 3600
 
 
 def train(tags: list[str], flags: Flags) -> None:
-    """Run msd.py for each tag that has not ended; its output goes to OUT/logs, bars stay on the screen."""
+    """Run each tag that has not ended; its output goes to OUT/logs, bars stay on the screen."""
     out = Path(folder(flags))
     for i, tag in enumerate(tags):
         argv, name = command_line(tag, flags), tag or "dm"
-        print(f"[{i + 1}/{len(tags)}] {name}: python msd.py {shlex.join(argv)}", flush=True)
+        print(f"[{i + 1}/{len(tags)}] {name}: {shown(tag, flags)}", flush=True)
         log = out / "logs" / f"{name}.log"
         try:
             with open(log, "a") as file, contextlib.redirect_stdout(file):
-                msd.main([*argv, *(["--quiet"] if flags.quiet else [])])
+                script(tag).main([*argv, *(["--quiet"] if flags.quiet else [])])
         except SystemExit as stopped:
             if stopped.code:
                 print(f"{name} stopped ({log})" + "; the same command goes on from here" * (stopped.code == 130))
@@ -275,9 +376,11 @@ def per_seed(row: Row, flags: Flags) -> list[dict] | None:
     results = common.load_json(path, "students", "teacher", "seeds")
     if results["seeds"] != list(range(len(results["seeds"]))):      # of a run by hand: not to be paired with the others
         return None
-    if row.K == 0:
-        return results["teacher"]["per_seed"]
     of_k = results.get("stages", {"dm": results["students"]}).get(row.stage, {})
+    if row.stage == "cost":                                         # measured once
+        return [results["cost"][str(row.K)]] if str(row.K) in results.get("cost", {}) else None
+    if row.K == 0 and (row.stage in msd.ONE_STEP or row.stage == "o2mkd"):
+        return results["teacher"]["per_seed"]
     return of_k[str(row.K)]["per_seed"] if str(row.K) in of_k else None
 
 
@@ -330,6 +433,8 @@ def mean_sd(v: list[float]) -> str:
     """0.210 ± 0.004, the mean alone for one seed."""
     mean = sum(v) / len(v)
     sd = math.sqrt(sum((x - mean) ** 2 for x in v) / (len(v) - 1)) if len(v) > 1 else 0
+    if mean > 1000:
+        return f"{mean:,.0f}"
     return f"{mean:.3f} ± {sd:.3f}" if len(v) > 1 else f"{mean:.3f}"
 
 
@@ -337,7 +442,7 @@ def section(claim: Claim, flags: Flags) -> tuple[str, list[str]]:
     """A claim's line of the table, and its section; draws its figure."""
     found = {r.name: per_seed(r, flags) for r in claim.rows}
     absent = {r.tag: r for r in claim.rows if not found[r.name]}
-    missing = "Not measured: " + ", ".join(f"`python msd.py {shlex.join(command_line(tag, flags))}`" for tag in absent)
+    missing = "Not measured: " + ", ".join(f"`{shown(tag, flags)}`" for tag in absent)
     found = {name: seeds for name, seeds in found.items() if seeds}
     numbers = {name: [p[claim.metric] for p in seeds] for name, seeds in found.items()}
     below = tuple(pair for pair in claim.below if all(measured(name, numbers) for name in pair))
@@ -351,8 +456,7 @@ def section(claim: Claim, flags: Flags) -> tuple[str, list[str]]:
     shown = list(numbers) if len(numbers) <= 6 else list(dict.fromkeys(x for pair in claim.below[:2] for x in pair if x in numbers)) or list(numbers)[:4]
     line = (f"| {claim.id} | {claim.text} | {claim.paper} | " + "; ".join(f"{name}: {mean_sd(numbers[name])}" for name in shown)
             + (" …" if len(shown) < len(numbers) else "") + f" | {n} | {verdict} |")
-    first = next(iter(found.values()))[0]
-    more = [k for k in ("l1", "l1_data", "fd", "fd_data", "within", "modes", "mode_min", "mode_max") if k in first]
+    more = [k for k in (*METRICS, *MORE) if any(k in p[0] for p in found.values())]
     runs = needed([claim])
     seen, cost = {r.name: samples_seen(r, flags) for r in claim.rows}, {r.name: training_cost(r, flags) for r in claim.rows}
     text = ["", f"## {claim.id}: {claim.text}", "", f"The paper: {claim.paper}. Ours, {claim.metric}: **{verdict}**.", "",
@@ -362,10 +466,13 @@ def section(claim: Claim, flags: Flags) -> tuple[str, list[str]]:
     text += ["", "| comparison | difference ± standard error | n | verdict |", "|---|---|---|---|"]
     text += [f"| {name} | {v['mean']:.4f}" + (f" ± {v['error']:.4f}" if v["error"] is not None else "") + f" | {v['n']} | {v['verdict']} |" for name, v in comparisons]
     text += [""] + [s for r in claim.rows for s in split_lines(r, flags)] + ([missing] if absent else [])
+    if claim.picture and (drawn := home(claim.rows[0].tag, flags) / "figures" / f"{claim.picture}.png").exists():
+        shutil.copyfile(drawn, kept := figures_path(flags) / f"claim-{claim.id}-{claim.picture.split('-')[0]}.png")
+        text += ["", f"![{claim.picture}]({plot.beside(kept, results_path(flags))})"]
     figure = plot.claim(claim.id, claim.text, numbers, claim.metric, lines(claim, flags), curves(claim, flags))
     path = figures_path(flags) / f"claim-{claim.id}.png"
     plot.save(figure, path)
-    text += ["", f"![{claim.id}]({plot.beside(path, results_path(flags))})", "", "Runs: " + "; ".join(f"`python msd.py {shlex.join(command_line(t, flags))}`" for t in runs)]
+    text += ["", f"![{claim.id}]({plot.beside(path, results_path(flags))})", "", "Runs: " + "; ".join(f"`{shown(t, flags)}`" for t in runs)]
     return line, text
 
 
@@ -388,6 +495,8 @@ def lines(claim: Claim, flags: Flags) -> dict:
     return out | {f"{r['bound']['points']}-point Heun sampler": r["bound"][m] for r in all_results if m in r.get("bound", {})}
 
 
+METRICS = ("l1", "l1_data", "fd", "fd_data", "within", "modes", "mode_min", "mode_max")              # columns of a claim's section
+MORE = ("right class", "prediction_in", "prediction_out", "denoising_in", "denoising_out", "c", "parameters", "multiply_adds", "per_second", "fall", "variation", "distance")
 # the flags that count a stage's updates, and its batch
 COUNTED = {"dm": ("steps", "batch"), "adm": ("adm_steps", "adm_batch"), "cd": ("cd_steps", "cd_batch"), "post": ("post_steps", "batch")}
 
@@ -398,7 +507,7 @@ def samples_seen(row: Row, flags: Flags) -> int:
         return 0
     path = next(iter(sorted(stage_folder(row, flags).glob("**/config.json"))), None)
     config = common.load_json(path) if path else {}
-    steps, batch = COUNTED[row.stage]
+    steps, batch = COUNTED.get(row.stage, ("steps", "batch"))
     return config.get(steps, 0) * config.get(batch, 0)
 
 
@@ -411,26 +520,30 @@ def training_cost(row: Row, flags: Flags) -> str:
     """TFLOP (2 per multiply-add) of a row's last stage, K students together, as a text; "" where it is not counted.
 
     In forward passes: forward and backward 3, a denoiser that is only asked 1. DM: G for KL and regression, mu_teacher and
-    mu_fake once per noise draw, mu_fake's turns; CD: f, the target, the teacher twice."""
-    path = next(iter(sorted(stage_folder(row, flags).glob("config.json"))), None) if row.K and row.stage in ("dm", "cd") else None
+    mu_fake once per noise draw, mu_fake's turns; CD: f, the target, the teacher twice; O2MKD: a student, the teacher once."""
+    path = next(iter(sorted(stage_folder(row, flags).glob("config.json"))), None) if row.K and row.stage in ("dm", "cd", "o2mkd") else None
     if path is None:
         return ""
     c = common.load_json(path)
     facts = data.facts(c["dataset"])
     if row.stage == "cd":
         G, mu = 4 * c["cd_steps"], 2 * c["cd_steps"]
+    elif row.stage == "o2mkd":
+        G, mu = 3 * c["steps"], c["steps"]
     else:
         kl = c["steps"] - (c["steps"] if c["dm_weight"] == 0 else c["reg_warmup"] if c["reg_weight"] > 0 else 0)
         G = 3 * kl + 3 * c["steps"] * (c["reg_weight"] > 0) + (kl * (c["ttur"] - 1) + c["fake_warmup"] * (kl > 0))
         mu = kl * (2 * c["draws"] + 3 * c["ttur"]) + 3 * c["fake_warmup"] * (kl > 0)
-    small = c.get("student_size") or facts.sizes[0]
-    total = row.K * c[COUNTED[row.stage][1]] * 2 * (G * multiply_adds(facts, small) + mu * multiply_adds(facts, facts.sizes[0]))
+    small = c["size"] if row.stage == "o2mkd" else c.get("student_size") or facts.sizes[0]
+    total = row.K * c[COUNTED.get(row.stage, ("steps", "batch"))[1]] * 2 * (G * multiply_adds(facts, small) + mu * multiply_adds(facts, facts.sizes[0]))
     return f"{total / 1e12:.2f}"
 
 
 def stage_folder(row: Row, flags: Flags) -> Path:
     """The row's stage folder of the first seed."""
-    return home(row.tag, flags) / "seed0" / f"students{row.K}{common.suffix('' if row.tag in UNTAGGED else row.tag)}" / row.stage
+    if script(row.tag) is o2mkd:
+        return o2mkd.home(Flags(out=str(home(row.tag, flags))), 0, row.K, tag_of(row.tag))
+    return home(row.tag, flags) / "seed0" / f"students{row.K}{common.suffix(tag_of(row.tag))}" / row.stage
 
 
 def curves(claim: Claim, flags: Flags) -> dict:
@@ -486,8 +599,8 @@ def write(claims: list[Claim], flags: Flags) -> None:
 
 def chosen(flags: Flags) -> list[Claim]:
     """The claims asked for. UserError if one is not known, with names that sound like it."""
-    if flags.quick and (flags.images or "fig4-images" in flags.claim):
-        raise common.UserError("--quick: the toy only; leave --images and fig4-images out")
+    if flags.quick and (flags.images or any(i in flags.claim for i in IMAGES)):
+        raise common.UserError("--quick: the toy only; leave --images and claims on images out")
     if flags.all and flags.claim:
         raise common.UserError(f"--all and --claim {flags.claim}: one of them")
     if flags.images and not flags.all:
@@ -495,7 +608,7 @@ def chosen(flags: Flags) -> list[Claim]:
     if flags.quick and flags.seeds != 5:
         raise common.UserError(f"--seeds {flags.seeds}: --quick is of one seed; leave one of them out")
     if flags.all:
-        return [c for c in CLAIMS.values() if flags.images or c.id != "fig4-images"]
+        return [c for c in CLAIMS.values() if flags.images or c.id not in IMAGES]
     names = [n.strip() for n in flags.claim.split(",") if n.strip()]
     for n in names:
         if n not in CLAIMS:
@@ -528,7 +641,7 @@ def main(argv=None):
     print(f"reproduce: {', '.join(c.id for c in claims)}; {len(todo)} of {len(needed(claims))} runs to do, {1 if flags.quick else flags.seeds} seed(s), "
           f"about {f'{total:.1f} hours' if total > 1.5 else f'{60 * total:.0f} min'}, into {folder(flags)}", flush=True)
     if flags.dry_run:
-        print("\n".join(f"  python msd.py {shlex.join(command_line(t, flags))}" for t in todo))
+        print("\n".join(f"  {shown(t, flags)}" for t in todo))
         return
     check_places(flags)
     train(todo, flags)

@@ -9,6 +9,8 @@ Run      python sample.py --run runs/toy --students 8 --classes 0 3 --seeds 0-63
 Images   python sample.py --run runs/fashion-mnist --students 5 --seeds 0-99 --folders
          writes samples-teacher.npz and samples-students.npz in the layout of the ADM evaluator (arr_0 uint8 [N, H, W, C],
          arr_1 labels; fid.py reads it too), a grid samples.png, and with --folders samples-students/000000.png … by seed
+By noise level   python sample.py --run runs/toy --students 4 --o2mkd --steps 20 --sampler ddim
+         the students of o2mkd.py, in turn along the trajectory; the teacher with the same sampler and steps
 """
 import dataclasses
 import time
@@ -23,6 +25,7 @@ import common
 import data
 import edm
 import msd
+import o2mkd
 import plot
 from common import flag
 
@@ -34,9 +37,11 @@ class Flags:
     students: int = flag(8, "which students of the run: K")
     tag: str = flag("", "the tag they were trained with")
     of: str = flag("both", "whom to sample", choices=("both", "teacher", "students"))
+    o2mkd: bool = flag(False, "the students are those by noise level of o2mkd.py, in as many steps as the teacher")
     classes: list[int] = flag([], "classes, used in turn; none = all")
     seeds: str = flag("0-999", "seeds, one sample each: 0-63 or 3,14,15")
-    steps: int = flag(0, "steps of the teacher's Heun sampler; 0 = as in the run", low=0)
+    steps: int = flag(0, "steps of the multi-step sampler; 0 = as in the run", low=0)
+    sampler: str = flag("heun", "heun, or ddim (first order, one evaluation a step)", choices=("heun", "ddim"))
     S_churn: float = flag(0.0, "stochasticity of the teacher's sampler [EDM Alg. 2]; 0 = deterministic", low=0)
     out: str = flag("samples", "writes OUT.npz and OUT.png")
     folders: bool = flag(False, "images: also a folder of PNG files, one per seed")
@@ -65,17 +70,17 @@ def parse_seeds(text: str) -> list[int]:
 def run_folder(path: str) -> Path:
     """The seed folder meant by --run: itself, or the first one inside. UserError if there is none."""
     path = Path(path)
-    homes = [path] if (path / "teacher").is_dir() or list(path.glob("students*")) else sorted(path.glob("seed*"))
+    homes = [path] if (path / "teacher").is_dir() or list(path.glob("students*")) or list(path.glob("o2mkd*")) else sorted(path.glob("seed*"))
     if not homes:
         raise common.UserError(f"--run {path}: no run folder; train one with: python msd.py --out {path}")
     return homes[0]
 
 
 @torch.no_grad()
-def sample_teacher(D, z: torch.Tensor, label: torch.Tensor, steps: int, S_churn: float, seeds: list[int], chunk: int = 8192):
+def sample_multistep(D, z: torch.Tensor, label: torch.Tensor, steps: int, sampler: str, S_churn: float, seeds: list[int], chunk: int = 8192):
     """Multi-step samples [N, *shape] from latents z [N, *shape]. Churn's noise is keyed by all seeds together."""
     g = common.generator("churn", tuple(seeds), device=z.device) if S_churn else None
-    return torch.cat([edm.heun(D, a[None], b[None], steps, S_churn=S_churn, generator=g)[0]
+    return torch.cat([edm.heun(D, a[None], b[None], steps, S_churn=S_churn, generator=g, order=2 if sampler == "heun" else 1)[0]
                       for a, b in zip(z.split(chunk), label.split(chunk))])
 
 
@@ -101,16 +106,18 @@ def main(argv=None):
     if flags.steps == 1:
         raise common.UserError("--steps 1: the sampler needs at least 2 steps (0 = as in the run)")
     samplers, evaluations = {}, {}
-    folder = home / f"students{flags.students}{common.suffix(flags.tag)}"
+    kind = "o2mkd" if flags.o2mkd else "students"
+    folder = home / f"{kind}{flags.students}{common.suffix(flags.tag)}"
     about = next(iter(sorted(home.glob("reference/config.json")) + sorted(home.glob("teacher/config.json"))), None)
     about = common.load_json(about, "dataset") if about else {"dataset": "toy"}
     steps = flags.steps or about.get("sampler_steps", 40)
     if flags.of != "teacher":
         if not folder.is_dir():
-            have = ", ".join(sorted(p.name for p in home.glob("students*"))) or "none"
+            have = ", ".join(sorted(p.name for p in home.glob(f"{kind}[0-9]*"))) or "none"
             raise common.UserError(f"--students {flags.students}: {home} has no folder {folder.name} (it has: {have})")
-        students = msd.load_students(folder)
-        students.G.to(device)
+        students = o2mkd.load_students(folder).to(device) if flags.o2mkd else msd.load_students(folder)
+        if not flags.o2mkd:
+            students.G.to(device)
     if flags.of != "students":
         if about.get("teacher") == "exact":
             D = data.DATASETS[about["dataset"]].exact
@@ -121,14 +128,18 @@ def main(argv=None):
         else:
             raise common.UserError(f"{home / 'teacher'}: no teacher here (it came from a file?); sample with --of students")
         D = edm.mu_teacher(types.SimpleNamespace(teacher="file", cfg=about.get("cfg", 1)), D)   # as the students' teacher was
-        samplers["teacher"] = lambda z, label: sample_teacher(D, z, label, steps, flags.S_churn, seeds, facts.chunk)
-        evaluations["teacher"] = 2 * steps - 1
-    if flags.of != "teacher":
+        samplers["teacher"] = lambda z, label: sample_multistep(D, z, label, steps, flags.sampler, flags.S_churn, seeds, facts.chunk)
+        evaluations["teacher"] = o2mkd.evaluations(steps, flags.sampler)
+    if flags.of != "teacher" and flags.o2mkd:
+        facts, denoise = students.facts, o2mkd.routed(students.denoisers, students.router)
+        samplers["students"] = lambda z, label: sample_multistep(denoise, z, label, steps, flags.sampler, flags.S_churn, seeds, facts.chunk)
+        evaluations["students"] = o2mkd.evaluations(steps, flags.sampler)
+    elif flags.of != "teacher":
         facts, chunk = students.facts, students.facts.chunk
         samplers["students"] = lambda z, label: torch.cat([msd.route(students.G, students.router, a, b)
                                                            for a, b in zip(z.split(2 * chunk), label.split(2 * chunk))])
         evaluations["students"] = 1
-    covered = (students.router.table >= 0).nonzero()[:, 0].tolist() if flags.of != "teacher" else range(facts.classes)
+    covered = (students.router.table >= 0).nonzero()[:, 0].tolist() if flags.of != "teacher" and not flags.o2mkd else range(facts.classes)
     classes = torch.tensor(flags.classes or covered)
     if not ((classes >= 0) & (classes < facts.classes)).all():
         raise common.UserError(f"--classes {' '.join(map(str, flags.classes))}: this run has classes 0 to {facts.classes - 1}")
@@ -148,7 +159,7 @@ def main(argv=None):
               + (f", {speed[name]:,.0f} samples per second" if speed else ""))
     if len(speed) == 2:
         print(f"   ratio: {speed['students'] / speed['teacher']:.1f} times the samples per second, "
-              f"{evaluations['teacher']} times fewer evaluations")
+              f"{evaluations['teacher'] / evaluations['students']:g} times fewer evaluations")
     write = write_points if facts.stacked else write_images
     print("written: " + " ".join(map(str, write(Path(flags.out), made, label.cpu().numpy(), np.array(seeds), flags.folders))))
 

@@ -18,6 +18,7 @@ import dmd
 import edm
 import fid
 import msd
+import o2mkd
 import plot
 import reproduce
 import sample
@@ -257,6 +258,7 @@ def readme_commands():
 def long(line: str) -> bool:
     """Run with --run-slow only: two ranks, the variants of the tables, claims, planted bugs, the images' second and third command."""
     return ("reproduce.py --" in line and "--list" not in line or line.startswith("torchrun") and "imagenet64" not in line or "runs/st" in line or "runs/sweep" in line or "runs/sign" in line
+            or "o2mkd.py" in line and any(w in line for w in ("--curve", "--init", "--dataset fashion-mnist"))
             or any(w in line for w in ("--bug", "--tag dmd2", "--tag filter", "--tag short", "benchmark.py --"))
             or "fashion-mnist" in line and ("--against" in line or "--stages" in line))
 
@@ -292,7 +294,7 @@ def test_commands_that_readme_prints(line, run, image_run, small, tiny, tmp_path
     if script == "benchmark":
         argv = [w for w in argv if not w.startswith("--unet") and "edm" not in w]               # that one needs a checkout
         return benchmark.main([*argv, "--quick"])
-    module = {"msd": msd, "dmd": dmd, "edm": edm, "tsm": tsm, "adm": adm, "consistency": consistency}[script]
+    module = {"msd": msd, "dmd": dmd, "edm": edm, "tsm": tsm, "adm": adm, "consistency": consistency, "o2mkd": o2mkd}[script]
     dry = [*argv, *([] if "--dry-run" in argv else ["--dry-run"])]
     assert not module.main(dry)                                     # the line as printed is a legal one
     if "imagenet64" in argv or "cifar10" in argv:
@@ -300,6 +302,8 @@ def test_commands_that_readme_prints(line, run, image_run, small, tiny, tmp_path
     if "--dry-run" in argv and "fashion-mnist" in argv:
         return
     argv = [w for w in argv if not w.startswith("--dry-run")]
+    if script == "o2mkd" and "--init" in argv:                      # its start: one student for all levels
+        o2mkd.main([*SMOKE, "--students", "1", "--out", "runs/fresh"])
     if "fashion-mnist" not in argv and ("--stages" in argv or "--student-size" in argv or script == "adm"):    # goes on from what is there
         for heavy in ("--seeds", "--steps", "--reg-warmup", "--tsm-steps", "--adm-steps", "--out", "--against"):
             if heavy in argv:
