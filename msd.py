@@ -422,17 +422,8 @@ def evaluate(flags: Flags, inputs: dmd.Inputs, parts: dict, device) -> dict:
         if own and general_folder(flags, facts, seed, stages[-1]):
             general.append(measure(general_folder(flags, facts, seed, stages[-1]), seed, False))
 
-    def mean(values):
-        return torch.tensor(values, dtype=torch.float64).mean(0).tolist()
-
-    def summary(per_seed):
-        out = {k: mean([p[k] for p in per_seed]) for k in per_seed[0]}
-        for name in (m, f"{m}_data"):
-            out[f"{name}_sd"] = torch.tensor([p[name] for p in per_seed], dtype=torch.float64).std().item() if len(per_seed) > 1 else None
-        return {**out, "per_seed": per_seed}
-
     bounds = [cd_bound(flags, inputs, seed, device) for seed in seeds] if "cd" in stages else []
-    by_stage = {stage: {K: summary(r) for K, r in of_k.items()} for stage, of_k in rows.items()}
+    by_stage = {stage: {K: summary(r, m) for K, r in of_k.items()} for stage, of_k in rows.items()}
     with torch.device("meta" if not facts.stacked else "cpu"):
         count = sum(p.numel() for p in facts.net(1, size_of(flags, inputs)).parameters())
     return {"dataset": flags.dataset, "seeds": seeds, "samples": N, "configs": {s: results_config(flags, seeds[0], s) for s in stages}, "metric": m, "title": judge.title, "floor": mean(floor), "floor_data": mean(floor_data),
@@ -442,7 +433,20 @@ def evaluate(flags: Flags, inputs: dmd.Inputs, parts: dict, device) -> dict:
             "students": by_stage[stages[-1]], "stages": by_stage,
             **({"bound": {**{k: mean([b[k] for b in bounds]) for k in bounds[0]}, "points": flags.cd_points, "per_seed": bounds}} if bounds else {}),
             "partition": {str(K): split_of(flags, inputs, parts, K) for K in flags.students} if not own else {},
-            **({"classes": own} if own else {}), **({"general": summary(general)} if len(general) == len(seeds) else {})}
+            **({"classes": own} if own else {}), **({"general": summary(general, m)} if len(general) == len(seeds) else {})}
+
+
+def mean(values: list):
+    """Over the seeds: of numbers a number, of lists a list."""
+    return torch.tensor(values, dtype=torch.float64).mean(0).tolist()
+
+
+def summary(per_seed: list[dict], m: str) -> dict:
+    """Means over the seeds, standard deviations of the distances m and m_data, and every seed."""
+    out = {k: mean([p[k] for p in per_seed]) for k in per_seed[0]}
+    for name in (n for n in (m, f"{m}_data") if n in per_seed[0]):
+        out[f"{name}_sd"] = torch.tensor([p[name] for p in per_seed], dtype=torch.float64).std().item() if len(per_seed) > 1 else None
+    return {**out, "per_seed": per_seed}
 
 
 def cd_bound(flags: Flags, inputs: dmd.Inputs, seed: int, device) -> dict:

@@ -80,7 +80,7 @@ class Flags(edm.Flags):
 
 PRESETS = common.merge(edm.PRESETS, {
     ("toy", "smoke"): dict(steps=12, batch=16),
-    ("fashion-mnist", "default"): dict(steps=2000, batch=64, lr=2e-3, ema=0.998),
+    ("fashion-mnist", "default"): dict(steps=1500, batch=64, lr=2e-3),
     ("fashion-mnist", "smoke"): dict(steps=4, batch=4),
     ("cifar10", "default"): dict(steps=200_000, batch=512, lr=1e-3, decay="constant", ema=0.9993), ("cifar10", "smoke"): dict(steps=2, batch=2),
     ("imagenet64", "default"): dict(steps=200_000, batch=512, lr=1e-4, decay="constant", ema=0.9999),
@@ -459,12 +459,11 @@ def evaluations(steps: int, sampler: str) -> int:
 
 
 @torch.no_grad()
-def cost(D, denoise, facts: data.Facts, steps: int, sampler: str, networks: int, device) -> dict:
-    """Parameters kept, multiply-adds of a sample (all its evaluations), samples a second, of `networks` networks like D used in turn."""
+def cost(D, denoise, facts: data.Facts, steps: int, sampler: str, networks: int, number: int, device) -> dict:
+    """Parameters kept, multiply-adds of a sample (all its evaluations), samples a second (`number` at once), of `networks` networks like D in turn."""
     x, sigma, label = torch.zeros(1, 1, *facts.shape, device=device), torch.ones(1, 1, device=device), torch.zeros(1, 1, dtype=torch.int64, device=device)
     with FlopCounterMode(display=False) as count:
         D(x, sigma, label)
-    number = 2 * facts.chunk if facts.stacked else min(facts.chunk, 100)
     z, many = torch.randn(number, *facts.shape, generator=common.generator("timing")), data.stratified(number, facts.classes)
     times = []
     for _ in range(3):
@@ -478,17 +477,16 @@ def cost(D, denoise, facts: data.Facts, steps: int, sampler: str, networks: int,
 def steadiness(folder: Path) -> dict:
     """{loss: {"fall", "variation"}} of the training curves in a folder [O2MKD Fig. 9], means over its students.
 
-    fall: how far the mean of the last twentieth lies below that of the first, relative to it; variation: standard deviation
-    over mean of the curve's second half. The logged values are single batches'."""
+    fall: how far the mean of the last twentieth lies below that of the first, relative to it; variation: standard deviation over
+    mean within each tenth of the curve, so that a fall does not count, mean of the last five. The values are single batches'."""
     out = {}
     for name, curves in plot.read_metrics(folder).items():
         found = []
         for _, v in curves.values():
             v = torch.tensor(v, dtype=torch.float64)
-            n, tail = max(1, len(v) // 20), v[len(v) // 2:]
-            found.append((1 - v[-n:].mean() / v[:n].mean(), tail.std(correction=0) / tail.mean()))
-        fall, variation = torch.tensor(found).mean(0).tolist()
-        out[name] = {"fall": fall, "variation": variation}
+            n = max(1, len(v) // 20)
+            found.append([1 - v[-n:].mean() / v[:n].mean(), sum(w.std(correction=0) / w.mean() for w in v.tensor_split(10)[5:] if len(w)) / 5])
+        out[name] = dict(zip(("fall", "variation"), torch.tensor(found).mean(0).tolist()))
     return out
 
 
@@ -518,8 +516,10 @@ def drift(D: edm.Precond, facts: data.Facts, x: Tensor, label: Tensor, seed: int
         h = D.bottleneck(x + sigma * torch.randn(x.shape, generator=g).to(x), torch.full(label.shape, sigma).to(x), label)
         quantiles.append(h.flatten()[:1_000_000].quantile(torch.tensor([0.01, 0.25, 0.5, 0.75, 0.99]).to(h)).tolist())
         features.append(fid.statistics(pooled(h)[0].cpu()))
-    distance = [[fid.frechet_distance(*a, *b) for b in features] for a in features]
-    return {"sigma": grid.tolist(), "quantiles": quantiles, "distance": distance}
+    distance = torch.zeros(levels, levels)
+    for i, j in torch.combinations(torch.arange(levels)).tolist():
+        distance[i, j] = distance[j, i] = fid.frechet_distance(*features[i], *features[j])
+    return {"sigma": grid.tolist(), "quantiles": quantiles, "distance": distance.tolist()}
 
 
 def gradual(found: dict) -> dict:
@@ -537,7 +537,7 @@ def evaluate(flags: Flags, teachers: list, references: dict, judge: data.Judge, 
     facts, seeds, m = data.facts(flags.dataset, flags.resolution), edm.seeds(flags), data.DATASETS[flags.dataset].metric
     label, steps = data.stratified(flags.eval_samples, facts.classes), flags.sampler_steps
     rows: dict = {"o2mkd": {}}                                      # {stage: {N: [one per seed]}}
-    teacher_rows, costs = [], {}
+    teacher_rows, costs, timed = [], {}, min(flags.eval_samples, 2 * facts.chunk if facts.stacked else 100)
 
     def measure(stage: str, N: int, seed: int, denoise, steps: int = steps, sampler: str = flags.sampler, keep: Path | None = None, more: dict | None = None):
         z = torch.randn(flags.eval_samples, *facts.shape, generator=common.generator(seed, "report z"))
@@ -549,73 +549,63 @@ def evaluate(flags: Flags, teachers: list, references: dict, judge: data.Judge, 
         rows.setdefault(stage, {}).setdefault(str(N), []).append(found)
         return found[f"{m}_data"]
 
-    for i, seed in enumerate(seeds):
-        denoise_T = edm.mu_teacher(flags, teachers[i], facts.exact)
-        y = common.load_shards(Path(flags.out) / f"seed{seed}" / "reference", "report")
-        report, real = references[seed]["report"], references[seed]["real"]
-        teacher_rows.append({"floor": references[seed].get("floor"), f"{m}_data": judge.distance(report, real), **judge.check(y, label)})
-        for n in flags.curve:
-            for sampler in ("heun", "ddim"):
-                measure(f"{sampler}-{n}", 0, seed, denoise_T, n, sampler)
-        if teachers[i] is not None:
-            x, c = source().batch(common.Draws("drift", [common.Member(seed, 1, 0, tuple(range(facts.classes)))]), 0, 2000 if facts.stacked else 500)
-            where = Path(flags.out) / f"seed{seed}" / "teacher" / "drift.json"
-            if not where.exists():
-                common.save_json(where, drift(teachers[i], facts, x.to(device), c.to(device), seed))
-            for stage, value in gradual(common.load_json(where, "distance")).items():
-                rows.setdefault(f"drift-{stage}", {}).setdefault("0", []).append({"distance": value})
-        if seed == seeds[0]:
-            costs["0"] = cost(teachers[i] or teachers_size(facts), denoise_T, facts, steps, flags.sampler, 1, device)
-        for N in flags.students:
+    bar = common.bar([(seed, N) for seed in seeds for N in (0, *flags.students)], "sampling", len(seeds) * (1 + len(flags.students)), flags.quiet)
+    for seed, N in bar:                                             # N = 0: the teacher
+        D_T, r = teachers[seeds.index(seed)], references[seed]
+        denoise_T = denoise = edm.mu_teacher(flags, D_T, facts.exact)
+        one = [common.Member(seed, 1, 0, tuple(range(facts.classes)))]
+        if N == 0:
+            if flags.sampler == "heun":
+                y = common.load_shards(Path(flags.out) / f"seed{seed}" / "reference", "report")
+            else:
+                z = torch.randn(flags.eval_samples, *facts.shape, generator=common.generator(seed, "teacher z"))
+                y = sampled(denoise_T, z, label, steps, flags.sampler, facts, device)
+            teacher_rows.append({f"{m}_data": judge.distance(judge.statistics(y, label), r["real"]), **judge.check(y, label), **({"floor": r["floor"]} if "floor" in r else {})})
+            if D_T is not None:
+                where = Path(flags.out) / f"seed{seed}" / "teacher" / "drift.json"
+                if not where.exists():
+                    x, c = source().batch(common.Draws("drift", one), 0, 2000 if facts.stacked else 500)
+                    common.save_json(where, drift(D_T, facts, x.to(device), c.to(device), seed))
+                for name, value in gradual(common.load_json(where, "distance")).items():
+                    rows.setdefault(f"drift-{name}", {}).setdefault("0", []).append({"distance": value})
+            if seed == seeds[0]:
+                costs["0"] = cost(D_T or edm.Precond(facts.net(1), facts.sigma_data), denoise_T, facts, steps, flags.sampler, 1, timed, device)
+        else:
             folder = home(flags, seed, N)
             found = load_students(folder, flags).to(device)
             denoise = routed(found.denoisers, found.router)
-            measure("o2mkd", N, seed, denoise, keep=folder, more={"seconds": found.seconds})
+            value = measure("o2mkd", N, seed, denoise, keep=folder, more={"seconds": found.seconds})
+            bar.set_postfix({f"{m} to data, N = {N}": f"{value:.3f}"})
             if seed == seeds[0]:
-                costs[str(N)] = cost(found.denoisers[0], denoise, facts, steps, flags.sampler, N, device)
+                costs[str(N)] = cost(found.denoisers[0], denoise, facts, steps, flags.sampler, N, timed, device)
             for name, value in steadiness(folder).items():
                 rows.setdefault(f"loss-{name}", {}).setdefault(str(N), []).append(value)
-            if flags.merge and N > 1:
-                z = torch.randn(flags.eval_samples // 5, *facts.shape, generator=common.generator(seed, "merge z"))
-                scan = {}
-                for c in MERGES:                                    # chosen on other latents, and on another draw of the data
-                    x = sampled(as_one(found, found.denoisers, c / N), z, label[:len(z)], steps, flags.sampler, facts, device)
-                    scan[c] = judge.distance(judge.statistics(x, label[:len(z)]), references[seed]["real_select"])
-                best = min(scan, key=scan.get)
-                measure("merged-mean", N, seed, as_one(found, found.denoisers))
-                measure("merged", N, seed, as_one(found, found.denoisers, best / N), more={"c": best / N, "scan": list(scan.values())})
-            if 0 <= flags.inspect < N > 1:
-                k, D = flags.inspect, found.denoisers[flags.inspect]
-                x, c = source().batch(common.Draws("inspect", [common.Member(seed, 1, 0, tuple(range(facts.classes)))]), 0, 20_000 if facts.stacked else 500)
-                losses = inside_outside(D, denoise_T, found.router, k, facts, x, c, seed, device)
-                measure(f"alone-{k}", N, seed, D, more=losses)
-                measure(f"hybrid-{k}", N, seed, routed([D if j == k else denoise_T for j in range(N)], found.router), more=losses)
-            for n in flags.curve:
-                for sampler in ("heun", "ddim"):
-                    measure(f"{sampler}-{n}", N, seed, denoise, n, sampler)
+        if flags.merge and N > 1:
+            z = torch.randn(flags.eval_samples // 5, *facts.shape, generator=common.generator(seed, "merge z"))
+            scan = {}
+            for c in MERGES:                                        # chosen on other latents, and on another draw of the data
+                x = sampled(as_one(found, found.denoisers, c / N), z, label[:len(z)], steps, flags.sampler, facts, device)
+                scan[c] = judge.distance(judge.statistics(x, label[:len(z)]), r["real_select"])
+            best = min(scan, key=scan.get)
+            measure("merged-mean", N, seed, as_one(found, found.denoisers))
+            measure("merged", N, seed, as_one(found, found.denoisers, best / N), more={"c": best / N, "scan": list(scan.values())})
+        if 0 <= flags.inspect < N > 1:
+            k, D = flags.inspect, found.denoisers[flags.inspect]
+            x, c = source().batch(common.Draws("inspect", one), 0, 20_000 if facts.stacked else 500)
+            losses = inside_outside(D, denoise_T, found.router, k, facts, x, c, seed, device)
+            measure(f"alone-{k}", N, seed, D, more=losses)
+            measure(f"hybrid-{k}", N, seed, routed([D if j == k else denoise_T for j in range(N)], found.router), more=losses)
+        for n in flags.curve:
+            for sampler in ("heun", "ddim"):
+                measure(f"{sampler}-{n}", N, seed, denoise, n, sampler)
 
-    stages = {stage: {N: summary(r, m) for N, r in of_n.items()} for stage, of_n in rows.items()}
-    floors = [t.pop("floor") for t in teacher_rows]
-    some = {"floor": sum(floors) / len(floors)} if facts.stacked else {}
+    stages = {stage: {N: msd.summary(r, m) for N, r in of_n.items()} for stage, of_n in rows.items()}
     return {"method": "o2mkd", "dataset": flags.dataset, "seeds": seeds, "samples": flags.eval_samples, "metric": m, "title": judge.title, "steps": steps,
-            "sampler": flags.sampler, **some, "floor_data": sum(references[s]["floor_data"] for s in seeds) / len(seeds),
+            "sampler": flags.sampler, "floor_data": sum(references[s]["floor_data"] for s in seeds) / len(seeds),
             "config": {**edm.lineage(flags, seeds[0]), **common.stage_config(flags, "o2mkd"), "kd_weight": weight_of(flags),
                        **{n: getattr(flags, n) for n in ("scheme", "ranges", "keep", "student_size", "init", "sampler_steps", "sampler")}},
-            "teacher": {**{k: sum(t[k] for t in teacher_rows) / len(seeds) for k in teacher_rows[0]}, "evaluations": evaluations(steps, flags.sampler),
-                        "per_seed": [{**t, **({"floor": f} if f is not None else {})} for t, f in zip(teacher_rows, floors)]},
+            "teacher": {**msd.summary(teacher_rows, m), "evaluations": evaluations(steps, flags.sampler)},
             "edges": {str(N): split(flags, facts, N)[0] for N in flags.students}, "cost": costs, "students": stages["o2mkd"], "stages": stages}
-
-
-def teachers_size(facts: data.Facts) -> edm.Precond:
-    """For --teacher exact, whose cost is nobody's: a network of the teacher's size in its place."""
-    return edm.Precond(facts.net(1), facts.sigma_data)
-
-
-def summary(per_seed: list[dict], m: str) -> dict:
-    """Mean over the seeds, standard deviation of the distances, and every seed."""
-    numbers = {k: torch.tensor([p[k] for p in per_seed], dtype=torch.float64) for k, v in per_seed[0].items() if isinstance(v, (int, float))}
-    sd = {f"{k}_sd": v.std().item() if len(v) > 1 else None for k, v in numbers.items() if k in (m, f"{m}_data")}
-    return {**{k: v.mean().item() for k, v in numbers.items()}, **sd, "per_seed": per_seed}
 
 
 def table(results: dict) -> str:

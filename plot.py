@@ -89,7 +89,7 @@ def figure4(out: Path, results: dict, home: Path, folders: dict) -> plt.Figure:
     fig, axes = plt.subplots(1, len(shown) * 2 + 1, figsize=(3.4 * (2 * len(shown) + 1), 3.9))
     top = np.quantile(teacher[teacher > 0], 0.98)
     t = results["teacher"]
-    _image(axes[0], teacher, f"Teacher, {t['evaluations']} evaluations", DENSITY, top,
+    _image(axes[0], teacher, f"Teacher, {2 * results['steps'] - 1 if 'steps' in results else t['evaluations']} evaluations", DENSITY, top,
            f"two draws of it: $\\ell_1$ = {t['per_seed'][0]['floor']:.3f}")
     for i, K in enumerate(shown):
         share = _share(common.load_tensors(folders[K] / "samples.pt")["x"])
@@ -394,9 +394,9 @@ def losses(folder: Path, N: str) -> plt.Figure:
     """[O2MKD Fig. 9]: each loss of one student's training, relative to its first value; single batches."""
     fig, ax = plt.subplots(figsize=(6.4, 3.8))
     for i, (name, curves) in enumerate(read_metrics(folder).items()):
-        steps, value = next(iter(curves.values()))
-        ax.plot(steps, np.array(value) / value[0], lw=0.9, color=plt.cm.plasma(0.8 * i / 3), label=f"{name} loss")
-    ax.set(yscale="log", xlabel="updates", ylabel="loss of the batch / that of the first", title=f"Losses of one student of {N}, first seed")
+        steps, value = next(iter(curves.values()))                  # a student that starts as the teacher begins at 0
+        ax.plot(steps, np.array(value) / (value[0] or 1.0), lw=0.9, color=plt.cm.plasma(0.8 * i / 3), label=f"{name} loss")
+    ax.set(yscale="log", xlabel="updates", ylabel="loss of the batch / that of the first", title=f"Losses of a student (N = {N}), first seed")
     ax.legend(fontsize=8)
     return fig
 

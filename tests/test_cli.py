@@ -233,13 +233,13 @@ def test_equation_index_both_ways():
     for name in modules():
         for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                for paper, numbers in re.findall(r"\[(MSD|EDM) ((?:(?:Eq\.|Alg\.) \d+(?:, )?)+)(?:first line)?\]", ast.get_docstring(node) or ""):
+                for paper, numbers in re.findall(r"\[(MSD|EDM|O2MKD) ((?:(?:Eq\.|Alg\.) \d+(?:, )?)+)(?:first line)?\]", ast.get_docstring(node) or ""):
                     tagged |= {(f"{paper} {n}", f"{name}.py::{node.name}") for n in re.findall(r"(?:Eq\.|Alg\.) \d+", numbers)}
     text = (ROOT / "README.md").read_text()
     section = text.split("## Equation index")[1].split("\n## ")[0]
     listed = set()
     tests = "".join(p.read_text() for p in (ROOT / "tests").glob("*.py"))
-    for row in re.findall(r"^\| ((?:MSD|EDM) [^|]+?) \| ([^|]+) \| ([^|]+) \|", section, re.M):
+    for row in re.findall(r"^\| ((?:MSD|EDM|O2MKD) [^|]+?) \| ([^|]+) \| ([^|]+) \|", section, re.M):
         for place in re.findall(r"`([a-z_]+\.py::\w+)`", row[1]):
             listed.add((row[0], place))
         for test in re.findall(r"`(?:tests/\w+\.py::)?(test_\w+)`", row[2]):
@@ -304,6 +304,7 @@ def test_commands_that_readme_prints(line, run, image_run, small, tiny, tmp_path
     argv = [w for w in argv if not w.startswith("--dry-run")]
     if script == "o2mkd" and "--init" in argv:                      # its start: one student for all levels
         o2mkd.main([*SMOKE, "--students", "1", "--out", "runs/fresh"])
+        argv += ["--out", "runs/fresh"]
     if "fashion-mnist" not in argv and ("--stages" in argv or "--student-size" in argv or script == "adm"):    # goes on from what is there
         for heavy in ("--seeds", "--steps", "--reg-warmup", "--tsm-steps", "--adm-steps", "--out", "--against"):
             if heavy in argv:
@@ -345,7 +346,7 @@ def test_readme_has_the_two_commands_and_existing_files():
 
 
 @pytest.mark.parametrize("name", ["toy_mog", "unet", "snapshot", "fid", "edm", "dmd", "tsm", "adm", "consistency", "msd", "sample", "plot", "data",
-                                  "common", "reproduce"])
+                                  "common", "reproduce", "o2mkd"])
 def test_public_names_have_docstrings(name):
     for node in ast.parse((ROOT / f"{name}.py").read_text()).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
