@@ -60,7 +60,7 @@ class Flags:
     dry_run: bool = flag(False, "print every value and its source, and stop")
     quiet: bool = flag(False, "no progress bars")
     teacher: str = flag("train", "train, exact (the toy's closed form), or the path of a checkpoint or of NVIDIA's .pkl")
-    teacher_size: str = flag("", "its size: B, S, XS or XXS; none = B", "teacher")
+    teacher_size: str = flag("", "its size: B, S, XS or XXS; none = B", "teacher", ("", "B", "S", "XS", "XXS"))
     teacher_steps: int = flag(7000, "updates of the teacher", "teacher", low=1)
     teacher_batch: int = flag(384, "batch of the teacher", "teacher", low=1)
     teacher_lr: float = flag(1e-2, "its learning rate (AdamW)", "teacher", low=0)
@@ -206,6 +206,14 @@ def heun(denoise, z: Tensor, label: Tensor | None, steps: int, *, S_churn: float
 def ddim(denoise, z: Tensor, label: Tensor | None, steps: int) -> Tensor:
     """As `heun`, but of first order: one evaluation a step. DDIM [Song et al. 2021] in EDM's variables is Euler's method on its ODE."""
     return heun(denoise, z, label, steps, order=1)
+
+
+SAMPLERS = {"heun": heun, "ddim": ddim}
+
+
+def evaluations(steps: int, sampler: str = "heun") -> int:
+    """Of the network, for one sample."""
+    return 2 * steps - 1 if sampler == "heun" else steps
 
 
 # ----------------------------------------------------------------------------------------------------------- training

@@ -17,11 +17,15 @@ here: the samplers and the denoising loss (edm.py), the prediction loss (tsm.py)
 
 Departures from the paper, whose formulas and most numbers are not in its text
  1. "Timesteps" are the 1000 bins of edm.sigma_bins, drawn uniformly; DDIM is the first-order sampler, Heun's the default.
- 2. p, lambda and N "for most experiments" are not stated: ours by PRESETS and LAMBDA. p is tossed per student and update, as stated.
+    The losses are EDM's, on D and weighted by lambda(sigma), where the paper has DDPM's on the noise; networks are class-conditional.
+ 2. p, the weight of KD and N "for most experiments" are not stated: ours by Flags and LAMBDA, chosen on the toy's seed 0, which the
+    reported five include. p is tossed per student and update, as stated.
  3. Smaller students start from random weights, all of a seed from the same ones (or --init); which weights the paper keeps of
     the removed channels is not stated. Merging it does not define: theta_0 + c sum(theta_i - theta_0).
- 4. Contrastive KD: the other samples of the batch instead of a memory bank, minus what the teacher's own features give.
+ 4. Features are those of one layer, the bottleneck. Contrastive KD: the other samples of the batch instead of a memory bank, minus
+    what the teacher's own features give. Attention transfer: the squared norm.
  5. ToyNet has no positions: hidden units stand for them in attention transfer, after the linear layer if widths differ.
+ 6. Narrowed U-Nets keep widths that group norms can divide; attention wants 64 channels a head, so a narrow laptop net has none.
 
 Run      python o2mkd.py --dataset toy --students 4
          python o2mkd.py --dataset toy --students 1 4 --merge --curve 10 20 40
@@ -49,7 +53,7 @@ import tsm
 from common import flag
 
 BINS = 1000                                # noise levels: edm.sigma_bins(BINS)
-# lambda of each KD, so that its gradient is of the order of the denoising loss's
+# lambda of each KD, chosen on the toy's seed 0 among 1, 4; 1, 10; 30, 300; 0.03, 0.3 (the paper does not state it)
 LAMBDA = {"prediction": 1.0, "attention": 1.0, "similarity": 30.0, "contrastive": 0.03}
 
 
@@ -207,12 +211,14 @@ FEATURE_LOSSES = {"attention": attention_loss, "similarity": similarity_loss, "c
 
 
 class Projection(nn.Module):
-    """A linear layer per student, trained beside it, that takes its features [M, b, inside] to the teacher's width [Romero 2015]."""
+    """A linear layer per student, trained beside it, that takes its features [M, b, inside] to the teacher's width [Romero 2015].
 
-    def __init__(self, students: int, inside: int, outside: int, seed: int = 0):
+    seeds: of each of the M members; students of a seed start from the same layer."""
+
+    def __init__(self, seeds: list[int], inside: int, outside: int):
         super().__init__()
-        g = common.generator(seed, "projection")
-        self.weight = nn.Parameter((torch.randn(inside, outside, generator=g) * inside ** -0.5).repeat(students, 1, 1))
+        drawn = [torch.randn(inside, outside, generator=common.generator(seed, "projection")) for seed in seeds]
+        self.weight = nn.Parameter(torch.stack(drawn) * inside ** -0.5)                         # [M, inside, outside]
 
     def forward(self, h: Tensor) -> Tensor:
         return torch.bmm(h, self.weight)
@@ -228,24 +234,25 @@ def o2mkd_loss(student, teacher, x: Tensor, label: Tensor, sigma: Tensor, noise:
     """Denoising loss + lambda KD, one value per student [M], mean over the batch [O2MKD Eq. 2, Eq. 3]; and its parts {name: [M]}, detached.
 
     x [M, b, *shape] data, sigma, label [M, b]. student and teacher: (x, sigma, label) -> D; of features also with features=True -> (D, h).
-    One pass through each; no gradient flows into the teacher."""
-    x_t, by_features = x + edm.like(sigma, x) * noise, kd in FEATURE_LOSSES and lam > 0
-    more = {"features": True} if by_features else {}
-    with torch.no_grad():
-        target = teacher(x_t, sigma, label, **more)
-    D = student(x_t, sigma, label, **more)
-    (D, h), (target, h_teacher) = (D, target) if by_features else ((D, None), (target, None))
+    One pass through each; no gradient flows into the teacher, which is not asked if lambda is 0. Beside features, "prediction" is watched only."""
+    x_t, features = x + edm.like(sigma, x) * noise, kd in FEATURE_LOSSES and lam > 0
+    D = student(x_t, sigma, label, **({"features": True} if features else {}))
+    D, h = D if features else (D, None)
     denoising = edm.denoising_loss(lambda *_: D, x, label, sigma, noise, sigma_data).mean(-1)
+    if lam == 0:
+        return denoising, {"denoising": denoising.detach()}
+    with torch.no_grad():
+        target = teacher(x_t, sigma, label, **({"features": True} if features else {}))
+    target, h_teacher = target if features else (target, None)
     prediction = tsm.tsm_loss(lambda *_: D, lambda *_: target, x, label, sigma, noise, sigma_data).mean(-1)
     parts = {"denoising": denoising.detach(), "prediction": prediction.detach()}
-    if by_features:
-        h = project(pooled(h)) if kd == "contrastive" else project(h) if kd == "attention" and h.ndim == 3 else h
-        distilled = FEATURE_LOSSES[kd](h, pooled(h_teacher) if kd == "contrastive" else h_teacher)
-        distilled = distilled.mean(-1) if distilled.ndim > 1 else distilled
-        parts[kd] = distilled.detach()
-    else:
-        distilled = prediction
-    return denoising + lam * distilled if lam > 0 else denoising, parts
+    if not features:
+        return denoising + lam * prediction, parts
+    if kd == "contrastive":
+        h, h_teacher = pooled(h), pooled(h_teacher)
+    distilled = FEATURE_LOSSES[kd](project(h), h_teacher)
+    parts[kd] = (distilled.mean(-1) if distilled.ndim > 1 else distilled)
+    return denoising + lam * parts[kd], {**parts, kd: parts[kd].detach()}
 
 
 def weight_of(flags: Flags) -> float:
@@ -287,7 +294,7 @@ def train(run: common.Stage, flags: Flags, members, low: Tensor, high: Tensor, t
         optimizer.step()
         common.ema_update(ema, student, flags.ema, step)
         if (step + 1) % 20 == 0 or step == 0:
-            run.log(step + 1, **parts)                              # of this one batch: how steady is it?
+            run.log(step + 1, **parts)                              # of this one batch (its last micro-batch): how steady is it?
             run.show(**{name: value.mean().item() for name, value in parts.items()})
         run.save(step + 1, student=student, ema=ema, optimizer=optimizer, **({"project": project} if project else {}))
     return ema
@@ -394,7 +401,7 @@ def distil(flags: Flags, members: list, starts: list[dmd.Start], teachers: list,
             teacher = edm.mu_teacher(flags, D)
         inside = facts.net(1, starts[index[0]].size).bottleneck if flags.kd in FEATURE_LOSSES else (0,)
         outside = teachers[0].net.bottleneck if flags.kd in FEATURE_LOSSES else (0,)
-        project = Projection(len(stack), inside[0], outside[0], flags.seed).to(device) if projects(flags.kd, inside, outside) else None
+        project = Projection([m.seed for m in stack], inside[0], outside[0]).to(device) if projects(flags.kd, inside, outside) else None
         return {"ema.pt": train(run, flags, stack, low, high, teacher, net, project, source(), device)}
     homes = [home(flags, m.seed, m.students) for m in members]
     configs = [{**edm.lineage(flags, m.seed), "start": s.name, "size": s.size, "edges": edges[m.students], "weight_decay": flags.weight_decay,
@@ -428,49 +435,42 @@ def load_students(folder, flags=None) -> Students:
     """Read a folder of students (runs/toy/seed0/o2mkd4). flags: --precision. UserError if it holds none, or not all."""
     folder = Path(folder)
     about = next(iter([folder / "config.json"] if (folder / "config.json").exists() else sorted(folder.glob("student*/config.json"))), None)
-    if about is None:
+    about = common.load_json(about) if about else {}
+    if not {"edges", "students", "dataset"} <= about.keys():
         raise common.UserError(f"{folder}: no students by noise level; give a folder such as runs/toy/seed0/o2mkd4")
-    about = common.load_json(about, "edges", "students", "dataset")
     facts, N, R = data.facts(about["dataset"], about.get("resolution", 0)), about["students"], len(about["edges"]) - 1
     missing = [k for k in range(N) if not (folder / ("" if facts.stacked else f"student{k}") / "ema.pt").exists()]
     if missing:
         raise common.UserError(f"{folder}: student {missing[0]} of {N} is not trained yet; run that command again")
-    denoisers = [dmd.load_student(folder, "ema.pt", k) for k in range(N)]
-    if flags:
-        denoisers = [edm.ready(D.net, D.sigma_data, flags, "cpu") for D in denoisers]
-    start = dmd.read_students(folder / "start.pt")[1]
+    saved, start = dmd.read_students(folder / "start.pt")
+    nets = [start, *(dmd.load_student(folder, "ema.pt", k) for k in range(N))]
+    start, *denoisers = [edm.ready(D.net, D.sigma_data, flags, "cpu").requires_grad_(False) for D in nets] if flags else nets
     seconds = sum(common.load_json(f, "seconds")["seconds"] for f in folder.glob("done.json" if facts.stacked else "student*/done.json"))
-    size = common.load_tensors(folder / "start.pt")["size"]
-    return Students(folder, facts, size, start, denoisers, Router(about["edges"], None if N == R else msd.partition(facts.classes, N // R)), seconds)
+    return Students(folder, facts, saved["size"], start, denoisers, Router(about["edges"], None if N == R else msd.partition(facts.classes, N // R)), seconds)
 
 
 # -------------------------------------------------------------------------------------------------------------- evaluation
 
 def sampled(denoise, z: Tensor, label: Tensor, steps: int, sampler: str, facts: data.Facts, device) -> Tensor:
     """Samples of labels [N] from latents z [N, *shape], on the CPU; images as uint8."""
-    draw = edm.heun if sampler == "heun" else edm.ddim
-    x = torch.cat([draw(denoise, a[None].to(device), b[None].to(device), steps)[0].cpu() for a, b in zip(z.split(facts.chunk), label.split(facts.chunk))])
+    x = torch.cat([edm.SAMPLERS[sampler](denoise, a[None].to(device), b[None].to(device), steps)[0].cpu() for a, b in zip(z.split(facts.chunk), label.split(facts.chunk))])
     return x if facts.stacked else common.to_uint8(x)
 
 
-def evaluations(steps: int, sampler: str) -> int:
-    """Of the network, for one sample."""
-    return 2 * steps - 1 if sampler == "heun" else steps
-
-
 @torch.no_grad()
-def cost(D, denoise, facts: data.Facts, steps: int, sampler: str, networks: int, number: int, device) -> dict:
-    """Parameters kept, multiply-adds of a sample (all its evaluations), samples a second (`number` at once), of `networks` networks like D in turn."""
+def cost(D: edm.Precond, denoise, facts: data.Facts, steps: int, sampler: str, networks: int, number: int, device) -> dict:
+    """Parameters kept, multiply-adds of a sample (all its evaluations), samples a second (`number` at once), of `networks` networks like D
+    which `denoise` asks in turn."""
     x, sigma, label = torch.zeros(1, 1, *facts.shape, device=device), torch.ones(1, 1, device=device), torch.zeros(1, 1, dtype=torch.int64, device=device)
     with FlopCounterMode(display=False) as count:
-        D(x, sigma, label)
+        denoise(x, sigma, label)
     z, many = torch.randn(number, *facts.shape, generator=common.generator("timing")), data.stratified(number, facts.classes)
     times = []
     for _ in range(3):
         begin = time.perf_counter()
         sampled(denoise, z, many, steps, sampler, facts, device)
         times.append(time.perf_counter() - begin)
-    return {"parameters": networks * sum(p.numel() for p in D.parameters()), "multiply_adds": count.get_total_flops() // 2 * evaluations(steps, sampler),
+    return {"parameters": networks * sum(p.numel() for p in D.parameters()), "multiply_adds": count.get_total_flops() // 2 * edm.evaluations(steps, sampler),
             "per_second": number / min(times)}
 
 
@@ -523,9 +523,11 @@ def drift(D: edm.Precond, facts: data.Facts, x: Tensor, label: Tensor, seed: int
 
 
 def gradual(found: dict) -> dict:
-    """Mean Frechet distance of neighbouring levels, and of levels half of the grid apart: {"neighbours", "far"}."""
+    """The largest Frechet distance of neighbouring levels, and the mean of levels half of the grid apart: {"neighbours", "far"}.
+
+    Gradually: no single step is as large as the way between distant levels. One abrupt jump would be."""
     d = torch.tensor(found["distance"])
-    return {"neighbours": d.diagonal(1).mean().item(), "far": d.diagonal(len(d) // 2).mean().item()}
+    return {"neighbours": d.diagonal(1).max().item(), "far": d.diagonal(len(d) // 2).mean().item()}
 
 
 MERGES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)                         # c, in units of 1/N
@@ -555,12 +557,12 @@ def evaluate(flags: Flags, teachers: list, references: dict, judge: data.Judge, 
         denoise_T = denoise = edm.mu_teacher(flags, D_T, facts.exact)
         one = [common.Member(seed, 1, 0, tuple(range(facts.classes)))]
         if N == 0:
-            if flags.sampler == "heun":
-                y = common.load_shards(Path(flags.out) / f"seed{seed}" / "reference", "report")
-            else:
+            y, mine = common.load_shards(Path(flags.out) / f"seed{seed}" / "reference", "report"), r["report"]
+            if flags.sampler != "heun":                             # the reference is Heun's
                 z = torch.randn(flags.eval_samples, *facts.shape, generator=common.generator(seed, "teacher z"))
                 y = sampled(denoise_T, z, label, steps, flags.sampler, facts, device)
-            teacher_rows.append({f"{m}_data": judge.distance(judge.statistics(y, label), r["real"]), **judge.check(y, label), **({"floor": r["floor"]} if "floor" in r else {})})
+                mine = judge.statistics(y, label)
+            teacher_rows.append({f"{m}_data": judge.distance(mine, r["real"]), **judge.check(y, label), **({"floor": r["floor"]} if "floor" in r else {})})
             if D_T is not None:
                 where = Path(flags.out) / f"seed{seed}" / "teacher" / "drift.json"
                 if not where.exists():
@@ -568,8 +570,8 @@ def evaluate(flags: Flags, teachers: list, references: dict, judge: data.Judge, 
                     common.save_json(where, drift(D_T, facts, x.to(device), c.to(device), seed))
                 for name, value in gradual(common.load_json(where, "distance")).items():
                     rows.setdefault(f"drift-{name}", {}).setdefault("0", []).append({"distance": value})
-            if seed == seeds[0]:
-                costs["0"] = cost(D_T or edm.Precond(facts.net(1), facts.sigma_data), denoise_T, facts, steps, flags.sampler, 1, timed, device)
+            if seed == seeds[0] and D_T is not None:                # the closed form is no network
+                costs["0"] = cost(D_T, denoise_T, facts, steps, flags.sampler, 1, timed, device)
         else:
             folder = home(flags, seed, N)
             found = load_students(folder, flags).to(device)
@@ -583,7 +585,7 @@ def evaluate(flags: Flags, teachers: list, references: dict, judge: data.Judge, 
         if flags.merge and N > 1:
             z = torch.randn(flags.eval_samples // 5, *facts.shape, generator=common.generator(seed, "merge z"))
             scan = {}
-            for c in MERGES:                                        # chosen on other latents, and on another draw of the data
+            for c in MERGES:                                        # chosen on other latents; of the toy, on another draw of the data too
                 x = sampled(as_one(found, found.denoisers, c / N), z, label[:len(z)], steps, flags.sampler, facts, device)
                 scan[c] = judge.distance(judge.statistics(x, label[:len(z)]), r["real_select"])
             best = min(scan, key=scan.get)
@@ -602,15 +604,15 @@ def evaluate(flags: Flags, teachers: list, references: dict, judge: data.Judge, 
     stages = {stage: {N: msd.summary(r, m) for N, r in of_n.items()} for stage, of_n in rows.items()}
     return {"method": "o2mkd", "dataset": flags.dataset, "seeds": seeds, "samples": flags.eval_samples, "metric": m, "title": judge.title, "steps": steps,
             "sampler": flags.sampler, "floor_data": sum(references[s]["floor_data"] for s in seeds) / len(seeds),
-            "config": {**edm.lineage(flags, seeds[0]), **common.stage_config(flags, "o2mkd"), "kd_weight": weight_of(flags),
-                       **{n: getattr(flags, n) for n in ("scheme", "ranges", "keep", "student_size", "init", "sampler_steps", "sampler")}},
-            "teacher": {**msd.summary(teacher_rows, m), "evaluations": evaluations(steps, flags.sampler)},
+            "config": {**dmd.ancestry(flags, seeds[0]), **common.stage_config(flags, "o2mkd"), "kd_weight": weight_of(flags),
+                       **{n: getattr(flags, n) for n in ("weight_decay", "scheme", "ranges", "keep", "student_size", "init", "sampler_steps", "sampler")}},
+            "teacher": {**msd.summary(teacher_rows, m), "evaluations": edm.evaluations(steps, flags.sampler)},
             "edges": {str(N): split(flags, facts, N)[0] for N in flags.students}, "cost": costs, "students": stages["o2mkd"], "stages": stages}
 
 
 def table(results: dict) -> str:
     """What a run ends with: teacher, every N, and what else was sampled, by the distance to the data."""
-    m, t, N0 = f"{results['metric']}_data", results["teacher"], results["cost"]["0"]
+    m, t = f"{results['metric']}_data", results["teacher"]
     shown = {k: c for k, c in msd.COLUMNS.items() if k in t}
     head = [("", ""), (m.split("_")[0] + " to", "data"), ("", "± sd"), *[c[:2] for c in shown.values()], ("para-", "meters"), ("mult-adds", "a sample"), ("samples", "a second")]
 
@@ -618,7 +620,7 @@ def table(results: dict) -> str:
         sd = "" if r.get(m + "_sd") is None else f"{r[m + '_sd']:.4f}"
         return [name, f"{r[m]:.4f}", sd, *[f"{r[k]:{f[2]}}" for k, f in shown.items()], *([f"{c['parameters']:,}", f"{c['multiply_adds'] / 1e6:.3g} M",
                 f"{c['per_second']:,.0f}"] if c else [""] * 3)]
-    rows = [[a for a, _ in head], [b for _, b in head], line(f"teacher, {t['evaluations']} evaluations", t, N0)]
+    rows = [[a for a, _ in head], [b for _, b in head], line(f"teacher, {t['evaluations']} evaluations", t, results["cost"].get("0"))]
     for stage, of_n in results["stages"].items():
         for N, r in of_n.items():
             if m in r and not stage.startswith(("heun-", "ddim-")):     # those: figure "curve"
@@ -652,10 +654,12 @@ def check_flags(flags: Flags, facts: data.Facts) -> None:
     """Raise UserError for values that are wrong, or fine alone but not together; tidies them."""
     if flags.p > 1:
         raise common.UserError(f"--p {flags.p}: a probability, from 0 to 1")
-    flags.students = sorted(set(flags.students))
+    flags.students, flags.curve = sorted(set(flags.students)), sorted(set(flags.curve))
     for N in flags.students:
         if not 1 <= N <= BINS:
             raise common.UserError(f"--students {N}: from 1 to {BINS}, the number of noise levels")
+        if flags.ranges and N // flags.ranges > facts.classes:
+            raise common.UserError(f"--students {N} --ranges {flags.ranges}: {N // flags.ranges} blocks of classes, but there are {facts.classes} classes")
         split(flags, facts, N)                                      # is every range there, are there classes enough?
     if not 0 < flags.keep <= 1:
         raise common.UserError(f"--keep {flags.keep}: a share of the teacher's channels, above 0 and at most 1")
@@ -675,6 +679,8 @@ def check_flags(flags: Flags, facts: data.Facts) -> None:
         raise common.UserError(f"--micro-batch: --kd {flags.kd} relates all samples of a batch; leave it out, or take another --kd")
     if flags.inspect >= max(flags.students):
         raise common.UserError(f"--inspect {flags.inspect}: a student of {max(flags.students)}, from 0 to {max(flags.students) - 1}")
+    if max(flags.students) == 1 and (flags.merge or flags.inspect >= 0):
+        raise common.UserError(f"--{'merge' if flags.merge else 'inspect'}: of several students; give --students too, such as 1 4")
     if flags.inspect >= 0 and flags.ranges:
         raise common.UserError("--inspect: a student for all classes; leave --ranges out")
     if any(n < 2 for n in flags.curve):
@@ -686,10 +692,25 @@ def check_flags(flags: Flags, facts: data.Facts) -> None:
     flags.tag = flags.tag or (f"{flags.ranges}ranges" if flags.ranges else "")
 
 
+def check_ranks(flags: Flags, facts: data.Facts, ranks: common.Ranks) -> None:
+    """Do batches and ranks divide? Asked before anything is made. UserError if not."""
+    if flags.teacher == "train":
+        ranks.parts(flags.teacher_batch, flags.micro_batch)
+    for N in flags.students:
+        if not facts.stacked and ranks.size > N and ranks.size % N:
+            raise common.UserError(f"{ranks.size} ranks cannot be shared evenly by {N} students; start {N * (ranks.size // N)}")
+        each = ranks.size if facts.stacked else max(1, ranks.size // N)
+        share, rest = divmod(flags.batch, each)
+        if rest or flags.micro_batch and share % min(share, flags.micro_batch):
+            raise common.UserError(f"--batch {flags.batch} with {each} ranks a student and --micro-batch {flags.micro_batch}: does not divide")
+        if each > 1 and flags.kd in ("similarity", "contrastive"):
+            raise common.UserError(f"{ranks.size} ranks: --kd {flags.kd} relates all samples of a batch; start at most one rank per student")
+
+
 def print_plan(flags: Flags, facts: data.Facts, where: str) -> None:
     """What is going to happen, and which student gets which noise levels and classes."""
     print(f"o2mkd: {flags.dataset}, N = {', '.join(map(str, flags.students))}, {flags.seeds} seed(s), {flags.steps} updates of batch {flags.batch}, KD by "
-          f"{flags.kd} (lambda {weight_of(flags):g}), p = {flags.p:g}{where}, into {flags.out}", flush=True)
+          f"{flags.kd} (lambda {weight_of(flags):g}), p = {flags.p:g}, size {size_of(flags, facts, flags.teacher_size or facts.sizes[0])}{where}, into {flags.out}", flush=True)
     grid = edm.sigma_bins(BINS)
     for N in flags.students:
         edges, parts = split(flags, facts, N)
@@ -707,11 +728,12 @@ def estimate(flags: Flags, facts: data.Facts, size, device, shared: bool = True)
     members, times = (sum(flags.students) * n, 1) if facts.stacked else (1, sum(flags.students) * n)
     total = 5 + flags.steps * times * (4.5 * forward(members, flags.batch, size) + forward(members, flags.batch, big))
     passes = sum(3 * k for k in flags.curve)                        # both samplers
-    drawn = {size: evaluations(flags.sampler_steps, flags.sampler) * N * (1 + 3 * flags.merge) + passes * N, big: passes}
+    once = edm.evaluations(flags.sampler_steps, flags.sampler)
+    drawn = [(size, once * N * (1 + 3 * flags.merge + 2 * (flags.inspect >= 0)) + passes * N), (big, passes)]
     if shared:
-        drawn[big] = drawn.get(big, 0) + evaluations(flags.sampler_steps, "heun") * (2 if facts.stacked else 1)
+        drawn.append((big, edm.evaluations(flags.sampler_steps) * (2 if facts.stacked else 1)))
         total += (flags.teacher == "train") * flags.teacher_steps * 4.5 * forward(n if facts.stacked else 1, flags.teacher_batch, big) * (1 if facts.stacked else n)
-    return total + sum(k * flags.eval_samples / facts.chunk * forward(1, facts.chunk, kind) * n for kind, k in drawn.items())
+    return total + sum(k * flags.eval_samples / facts.chunk * forward(1, facts.chunk, kind) * n for kind, k in drawn)
 
 
 @common.command
@@ -723,13 +745,14 @@ def main(argv=None):
     if flags.dry_run:
         print_plan(flags, facts, "")
         print(common.describe(flags))
+        big = flags.teacher_size or facts.sizes[0]
+        with torch.device("meta" if not facts.stacked else "cpu"):
+            teacher, student = (sum(p.numel() for p in facts.net(1, s).parameters()) for s in (big, size_of(flags, facts, big)))
+        print(f"parameters: teacher {teacher:,}, a student {student:,}; " + "; ".join(f"N = {N}: {N * student:,}, of which an evaluation uses {student:,}" for N in flags.students))
         return
     device = common.device(flags.device, flags.threads)
     ranks = common.world(device)
-    if flags.kd in ("similarity", "contrastive") and ranks.size > (1 if facts.stacked else min(flags.students)):
-        raise common.UserError(f"{ranks.size} ranks: --kd {flags.kd} relates all samples of a batch; start at most one rank per student")
-    for batch in (flags.teacher_batch, flags.batch) if facts.stacked or ranks.size > 1 else ():
-        ranks.parts(batch, flags.micro_batch)
+    check_ranks(flags, facts, ranks)
     seeds, source = edm.seeds(flags), data.opened(flags, ranks)
     with common.alone(Path(flags.out), ranks):
         if not facts.stacked:

@@ -81,6 +81,16 @@ def _share(x) -> np.ndarray:
     return (h / h.sum()).numpy()
 
 
+def _of_reference(results: dict) -> int:
+    """Evaluations of the teacher's kept samples, which are always Heun's."""
+    return 2 * results["steps"] - 1 if "steps" in results else results["teacher"]["evaluations"]
+
+
+def _each(results: dict) -> str:
+    """What a student's sample costs: one evaluation, but of those by noise level as many as the teacher's."""
+    return f"{results['teacher']['evaluations']} evaluations in turn" if "method" in results else "one evaluation"
+
+
 def figure4(out: Path, results: dict, home: Path, folders: dict) -> plt.Figure:
     """[MSD Fig. 4]: 200 x 200 histograms of the first seed's samples, and where they differ."""
     teacher = _share(common.load_shards(home / "reference", "report"))
@@ -89,14 +99,13 @@ def figure4(out: Path, results: dict, home: Path, folders: dict) -> plt.Figure:
     fig, axes = plt.subplots(1, len(shown) * 2 + 1, figsize=(3.4 * (2 * len(shown) + 1), 3.9))
     top = np.quantile(teacher[teacher > 0], 0.98)
     t = results["teacher"]
-    _image(axes[0], teacher, f"Teacher, {2 * results['steps'] - 1 if 'steps' in results else t['evaluations']} evaluations", DENSITY, top,
+    _image(axes[0], teacher, f"Teacher, {_of_reference(results)} evaluations", DENSITY, top,
            f"two draws of it: $\\ell_1$ = {t['per_seed'][0]['floor']:.3f}")
     for i, K in enumerate(shown):
         share = _share(common.load_tensors(folders[K] / "samples.pt")["x"])
         name = f"{K} student" + "s" * (K > 1)
         value = results["students"][str(K)]["per_seed"][0]["l1"]
-        how = f"{t['evaluations']} evaluations" if "method" in results else "one evaluation"
-        _image(axes[1 + i], share, f"{name}, {how}", DENSITY, top, f"$\\ell_1$ to teacher = {value:.3f}")
+        _image(axes[1 + i], share, f"{name}, {_each(results)}", DENSITY, top, f"$\\ell_1$ to teacher = {value:.3f}")
         _image(axes[1 + len(shown) + i], np.abs(share - teacher), f"|difference|, {name}", GAP, top)
     who = "Smaller students, in turn along the trajectory," if "method" in results else "One-step students"
     fig.suptitle(f"{who} of a 2-D mixture of 64 Gaussians (8 classes): histograms of {results['samples']:,} samples, colour = square root of share")
@@ -220,10 +229,10 @@ def image_panels(panels: dict, columns: int) -> plt.Figure:
 
 def image_samples(results: dict, home: Path, folders: dict, columns: int = 8, rows: int = 12) -> plt.Figure:
     """The first seed's reported samples, a row per class (the first 12): the teacher, then the students of each K."""
-    sets = {f"teacher, {results['teacher']['evaluations']} evaluations": (common.load_shards(home / "reference", "report"), None)}
+    sets = {f"teacher, {_of_reference(results)} evaluations": (common.load_shards(home / "reference", "report"), None)}
     for K, folder in sorted(folders.items()):
         s = common.load_tensors(folder / "samples.pt")
-        sets[f"{K} student{'s' * (K > 1)}, one evaluation"] = (s["x"], s["label"])
+        sets[f"{K} student{'s' * (K > 1)}, {_each(results)}"] = (s["x"], s["label"])
     label = next(v for _, v in sets.values() if v is not None)
     pick = torch.cat([(label == c).nonzero()[:columns, 0] for c in label.unique()[:rows]])
     return image_panels({k: common.to_uint8(x[pick]) for k, (x, _) in sets.items()}, columns)
@@ -424,7 +433,7 @@ def steps_curve(results: dict) -> plt.Figure:
     m = f"{results['metric']}_data"
     for ax, sampler in zip(axes, ("heun", "ddim")):
         runs = sorted(((int(s.split("-")[1]), of_n) for s, of_n in results["stages"].items() if s.startswith(sampler + "-")), key=lambda r: r[0])
-        for i, N in enumerate(sorted({N for _, of_n in runs for N in of_n}, key=int)):
+        for i, N in enumerate(sorted({N for _, of_n in runs for N in of_n} & results["cost"].keys(), key=int)):
             each = results["cost"][N]["multiply_adds"] / results["teacher"]["evaluations"]
             points = [(each * (2 * n - 1 if sampler == "heun" else n), n, of_n[N][m]) for n, of_n in runs if N in of_n]
             ax.plot([p[0] for p in points], [p[2] for p in points], "o-", ms=4, color="#d94801" if N == "0" else plt.cm.viridis(i / 4),

@@ -77,7 +77,7 @@ def run_folder(path: str) -> Path:
 
 
 @torch.no_grad()
-def sample_multistep(D, z: torch.Tensor, label: torch.Tensor, steps: int, sampler: str, S_churn: float, seeds: list[int], chunk: int = 8192):
+def sample_multistep(D, z: torch.Tensor, label: torch.Tensor, steps: int, sampler: str, S_churn: float, seeds: list[int], chunk: int):
     """Multi-step samples [N, *shape] from latents z [N, *shape]. Churn's noise is keyed by all seeds together."""
     g = common.generator("churn", tuple(seeds), device=z.device) if S_churn else None
     return torch.cat([edm.heun(D, a[None], b[None], steps, S_churn=S_churn, generator=g, order=2 if sampler == "heun" else 1)[0]
@@ -129,11 +129,11 @@ def main(argv=None):
             raise common.UserError(f"{home / 'teacher'}: no teacher here (it came from a file?); sample with --of students")
         D = edm.mu_teacher(types.SimpleNamespace(teacher="file", cfg=about.get("cfg", 1)), D)   # as the students' teacher was
         samplers["teacher"] = lambda z, label: sample_multistep(D, z, label, steps, flags.sampler, flags.S_churn, seeds, facts.chunk)
-        evaluations["teacher"] = o2mkd.evaluations(steps, flags.sampler)
+        evaluations["teacher"] = edm.evaluations(steps, flags.sampler)
     if flags.of != "teacher" and flags.o2mkd:
         facts, denoise = students.facts, o2mkd.routed(students.denoisers, students.router)
         samplers["students"] = lambda z, label: sample_multistep(denoise, z, label, steps, flags.sampler, flags.S_churn, seeds, facts.chunk)
-        evaluations["students"] = o2mkd.evaluations(steps, flags.sampler)
+        evaluations["students"] = edm.evaluations(steps, flags.sampler)
     elif flags.of != "teacher":
         facts, chunk = students.facts, students.facts.chunk
         samplers["students"] = lambda z, label: torch.cat([msd.route(students.G, students.router, a, b)

@@ -14,6 +14,7 @@ import data
 import dmd
 import edm
 import msd
+import o2mkd
 import toy_mog
 import tsm
 import unet
@@ -50,6 +51,9 @@ def double_dm(out: Path, net_name: str, micro: int = 0) -> None:
     real = data.Generated(pairs["y"], pairs["label"], [0])
     if net_name == "tsm":
         ema = tsm.train(run, flags, members, teacher, net, real, cpu)
+    elif net_name == "o2mkd":
+        flags = o2mkd.Flags(dataset=flags.dataset, resolution=8, steps=20, batch=8, lr=1e-3, micro_batch=micro)
+        ema = o2mkd.train(run, flags, members, torch.tensor([200]), torch.tensor([600]), teacher, net, None, real, cpu)
     elif net_name == "cd":
         ema, _ = consistency.train(run, flags, members, teacher, consistency.student_of(net), real, judge, {0: reference}, cpu)
     elif net_name == "adm":

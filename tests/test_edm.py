@@ -73,6 +73,7 @@ def test_heun_has_order_two_and_euler_order_one():
             assert math.log2(a / b) == pytest.approx(order, abs=0.2)
     last = error(64, 2)[1]                                          # our sampler is that second-order scheme, then Euler to 0
     torch.testing.assert_close(heun(D, z, None, 64), D(last, torch.tensor([0.002], dtype=torch.float64), None), atol=1e-12, rtol=0)
+    torch.testing.assert_close(edm.ddim(D, z, None, 64), D(error(64, 1)[1], torch.tensor([0.002], dtype=torch.float64), None), atol=1e-12, rtol=0)
 
 
 def test_heun_evaluations_and_dtype():

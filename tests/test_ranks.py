@@ -28,7 +28,7 @@ def launch(size: int, *argv, **env) -> list[tuple[int, str]]:
     return [(code, text) for text, code in out]
 
 
-@pytest.mark.parametrize("net", ["toy", *(pytest.param(n, marks=pytest.mark.slow) for n in ("image", "adm", "tsm", "cd"))])
+@pytest.mark.parametrize("net", ["toy", *(pytest.param(n, marks=pytest.mark.slow) for n in ("image", "adm", "tsm", "cd", "o2mkd"))])
 def test_two_ranks_are_one_rank_on_the_joined_batch(tmp_path, net, double):
     """Float64, 20 updates of each stage (ADM: also critic, real data, pairs): equal to 1e-10; in micro-batches on one rank too."""
     for name in ("one", "two", "micro"):
