@@ -258,7 +258,7 @@ def readme_commands():
 def long(line: str) -> bool:
     """Run with --run-slow only: two ranks, the variants of the tables, claims, planted bugs, the images' second and third command."""
     return ("reproduce.py --" in line and "--list" not in line or line.startswith("torchrun") and "imagenet64" not in line or "runs/st" in line or "runs/sweep" in line or "runs/sign" in line
-            or "o2mkd.py" in line and any(w in line for w in ("--curve", "--init", "--dataset fashion-mnist"))
+            or "o2mkd.py" in line and any(w in line for w in ("--curve", "--init", "--ranges", "--scheme", "runs/reproduce", "--dataset fashion-mnist"))
             or any(w in line for w in ("--bug", "--tag dmd2", "--tag filter", "--tag short", "benchmark.py --"))
             or "fashion-mnist" in line and ("--against" in line or "--stages" in line))
 
