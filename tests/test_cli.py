@@ -256,10 +256,12 @@ def readme_commands():
 
 
 def long(line: str) -> bool:
-    """Run with --run-slow only: two ranks, the variants of the tables, claims, planted bugs, the images' second and third command."""
-    return ("reproduce.py --" in line and "--list" not in line or line.startswith("torchrun") and "imagenet64" not in line or "runs/st" in line or "runs/sweep" in line or "runs/sign" in line
-            or "o2mkd.py" in line and any(w in line for w in ("--curve", "--init", "--ranges", "--scheme", "runs/reproduce", "--dataset fashion-mnist"))
-            or any(w in line for w in ("--bug", "--tag dmd2", "--tag filter", "--tag short", "benchmark.py --"))
+    """Run with --run-slow only: two ranks, the variants of the tables, claims, planted bugs, the images' second and third command, and what other tests run too."""
+    return ("reproduce.py --" in line and "--list" not in line or line.startswith("torchrun") and "imagenet64" not in line
+            or any(w in line for w in ("runs/st", "runs/sweep", "runs/sign", "runs/reproduce", "--seeds 5", "--students 8 --out runs/toy", "--bug", "--tag dmd2", "--tag filter",
+                                       "--tag short", "--tag reg", "--tag fork", "benchmark.py --", "--students 4 --partition kmeans", "--partition quadrant"))
+            and "--cfg" not in line
+            or "o2mkd.py" in line and any(w in line for w in ("--curve", "--init", "--ranges", "--scheme", "--p ", "--dataset fashion-mnist"))
             or "fashion-mnist" in line and ("--against" in line or "--stages" in line))
 
 
@@ -286,6 +288,8 @@ def test_commands_that_readme_prints(line, run, image_run, small, tiny, tmp_path
         full = ["--dry-run"] if "--all" in argv and "--quick" not in argv else []               # once is enough
         return reproduce.main([*argv, "--smoke", "--quiet", *full] if "--list" not in argv else argv)
     if script == "sample":
+        if "--o2mkd" in argv:
+            o2mkd.main([*SMOKE, "--students", "4", "--out", "runs/toy"])
         sample.main([*[w if w not in ("8", "5") else "3" for w in argv], "--timing", "64" if "runs/toy" in argv else "0", "--steps", "8"])
         return
     if script == "fid":
