@@ -569,6 +569,9 @@ def check_config(folder: Path, config: dict) -> None:
             what = ", ".join(f"{k} ({old.get(k)} there, {config.get(k)} now)" for k in differ)
             raise UserError(f"{folder} was made with other flags: {what}; give those flags, choose another --out (students: "
                             f"a --tag is enough), or delete that folder")
+    elif any((folder / name).exists() for name in ("state.pt", "ema.pt")):
+        raise UserError(f"{folder}: holds weights, but its config.json is gone, so nobody knows with which flags they were made; delete that folder, or choose "
+                        f"another --out or --tag")
     else:
         save_json(path, config)
 

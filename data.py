@@ -76,7 +76,7 @@ class Facts:
         """The same architecture with about this share of a size's channels, as fields for `net`; image widths stay divisible for group norms."""
         width, *rest = self.fields[size] if isinstance(size, str) else size
         unit = 1 if not self.native else 32 if width >= 64 else 4
-        return (max(unit, round(width * keep / unit) * unit), *rest)
+        return (max(unit, 4, round(width * keep / unit) * unit), *rest)
 
 
 def _image_net(facts: Facts, students: int, size, sizes: dict) -> unet.UNet:

@@ -699,6 +699,8 @@ def check_stages(flags: Flags, facts: data.Facts) -> None:
             raise common.UserError(f"{common.option(meant[0])}: of the DM stage, which does not train here; for CD: --cd-{meant[0]}")
     if flags.bug != "none" and "dm" not in stages:
         raise common.UserError(f"--bug {flags.bug}: of the DM stage, which does not train here")
+    if flags.tag.startswith("o2mkd"):
+        raise common.UserError(f"--tag {flags.tag}: results-o2mkd… are those of o2mkd.py; choose another --tag")
     flags.tag = flags.tag or own_tag(flags, facts, flags.classes)
 
 
@@ -769,7 +771,8 @@ def checkpoint(path: str, facts: data.Facts) -> dmd.Start:
             raise common.UserError(f"--init {path}: neither a teacher's nor a student's checkpoint of this code") from None
         size, found = saved["size"], saved["facts"]
         if len(saved["partition"]) != 1:
-            raise common.UserError(f"--init {path}: a stack of {len(saved['partition'])} students; to go on with each of them: --init dm") from None
+            raise common.UserError(f"--init {path}: a stack of {len(saved['partition'])} students; one network is needed (msd.py goes on with each of "
+                                   f"them by --init dm)") from None
     if (found.shape, found.classes) != (facts.shape, facts.classes):
         raise common.UserError(f"--init {path}: made for {found.name}, {'x'.join(map(str, found.shape))}, {found.classes} classes; this run has "
                                f"{facts.name}, {'x'.join(map(str, facts.shape))}, {facts.classes} classes")

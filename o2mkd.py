@@ -34,6 +34,7 @@ GPUs     torchrun --nproc-per-node 4 o2mkd.py --dataset imagenet64 --students 4
 """
 import copy
 import dataclasses
+import math
 import time
 from pathlib import Path
 
@@ -117,7 +118,7 @@ def read_ranges(text: str, number: int) -> list[int]:
         if any(len(r) != 2 for r in found):
             raise ValueError
     except ValueError:
-        raise common.UserError(f"--scheme {text}: none of {', '.join(words)}{common.near(text, words)}, and no ranges of bins such as 0-99,100-999") from None
+        raise common.UserError(f"--scheme {text}: neither {', '.join(words)} nor ranges of bins such as 0-99,100-999{common.near(text, words)}") from None
     expected = 0
     for low, high in found:
         if low != expected or high < low:
@@ -141,6 +142,7 @@ class Router:
         self.edges, self.ranges = edges, len(edges) - 1
         self.bounds = edm.sigma_bins(BINS)[edges[1:-1]].float()     # a sampler passes float32 levels
         self.of_class = msd.Router(parts) if parts else None
+        self.students = self.ranges * len(parts or [()])
 
     def __call__(self, sigma: Tensor, label: Tensor | None = None) -> Tensor:
         """Student index [...] (int64) for sigma [...] and label [...]."""
@@ -151,7 +153,11 @@ class Router:
 def routed(denoisers: list, router: Router):
     """The denoiser (x, sigma, label) -> D that asks each sample's own student: any sampler takes it.
 
-    denoisers: one callable per student: a teacher in its place makes the paper's hybrid, N times the teacher is the teacher."""
+    denoisers: one callable per student: a teacher in its place makes the paper's hybrid, N times the teacher is the teacher. UserError if
+    they are not as many as the router's students."""
+    if len(denoisers) != router.students:
+        raise common.UserError(f"routed: {len(denoisers)} denoisers for a router of {router.students} students")
+
     def denoise(x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor:
         k = router(sigma, label)
         owners = k.unique().tolist()
@@ -305,7 +311,9 @@ def train(run: common.Stage, flags: Flags, members, low: Tensor, high: Tensor, t
 def merge(start: nn.Module, students: list[nn.Module], c: float | None = None) -> dict:
     """theta_0 + c sum_i (theta_i - theta_0), a state [Ilharco 2023, task arithmetic]; c = None: 1/N, the students' mean.
 
-    UserError if the networks are of different sizes."""
+    UserError if there is none, if the networks are of different sizes, or c is no number."""
+    if not students or c is not None and not math.isfinite(c):
+        raise common.UserError(f"merge: {'no students' if not students else f'c = {c}'}; give at least one student, and a finite c")
     c, first = 1 / len(students) if c is None else c, start.state_dict()
     others = [s.state_dict() for s in students]
     if any({k: v.shape for k, v in o.items()} != {k: v.shape for k, v in first.items()} for o in others):
@@ -314,9 +322,14 @@ def merge(start: nn.Module, students: list[nn.Module], c: float | None = None) -
 
 
 def merge_folders(folders: list, c: float | None = None) -> edm.Precond:
-    """All students of these folders (seed0/o2mkd4 …) merged into one. UserError if their sizes or starts differ."""
+    """All students of these folders (seed0/o2mkd4 …) merged into one. UserError if their data, sizes or starts differ."""
+    folders = [folders] if isinstance(folders, (str, Path)) else folders
     found = [load_students(f) for f in folders]
+    if not found:
+        raise common.UserError("merge: no folders; give at least one, such as runs/toy/seed0/o2mkd4")
     for other in found[1:]:
+        if other.facts != found[0].facts:
+            raise common.UserError(f"merge: {folders[0]} has students of {found[0].facts.name}, {other.folder} of {other.facts.name}; they cannot be merged")
         if other.size != found[0].size:
             raise common.UserError(f"merge: {folders[0]} has students of size {found[0].size}, {other.folder} of {other.size}; they cannot be merged")
         if common.fingerprint(other.start) != common.fingerprint(found[0].start):
@@ -370,15 +383,10 @@ def start_of(flags: Flags, facts: data.Facts, m: common.Member, size, teacher) -
         return dmd.Start("teacher", size, lambda: teacher)
     if init == "random":
         return dmd.random_start(facts, size, m.seed)
-    number, _, tag = init.removeprefix("o2mkd").partition("-")
-    if init.startswith("o2mkd") and number.isdigit():
-        if number != "1":
-            raise common.UserError(f"--init {init}: students that differ cannot all be the start; one student for all levels can: o2mkd1")
-        start = dmd.start_from(home(flags, m.seed, 1, tag), "ema.pt", 0)
-    elif Path(init).is_file():
-        start = msd.checkpoint(init, facts)
+    if init.startswith("o2mkd1"):
+        start = dmd.start_from(home(flags, m.seed, 1, init.removeprefix("o2mkd1").removeprefix("-")), "ema.pt", 0)
     else:
-        raise common.UserError(f"--init {init}: no such file, and none of teacher, random, o2mkd1, o2mkd1-TAG")
+        start = msd.checkpoint(init, facts)
     if start.size != size:
         raise common.UserError(f"--init {init}: of size {start.size}, but the students are of {size}; give the --keep or --student-size of that one")
     return start
@@ -442,6 +450,8 @@ def load_students(folder, flags=None) -> Students:
     missing = [k for k in range(N) if not (folder / ("" if facts.stacked else f"student{k}") / "ema.pt").exists()]
     if missing:
         raise common.UserError(f"{folder}: student {missing[0]} of {N} is not trained yet; run that command again")
+    if not (folder / "start.pt").exists():
+        raise common.UserError(f"{folder}: its start.pt is gone; the o2mkd.py command that made the students writes it again")
     saved, start = dmd.read_students(folder / "start.pt")
     nets = [start, *(dmd.load_student(folder, "ema.pt", k) for k in range(N))]
     start, *denoisers = [edm.ready(D.net, D.sigma_data, flags, "cpu").requires_grad_(False) for D in nets] if flags else nets
@@ -480,7 +490,7 @@ def steadiness(folder: Path) -> dict:
     fall: how far the mean of the last twentieth lies below that of the first, relative to it; variation: standard deviation over
     mean within each tenth of the curve, so that a fall does not count, mean of the last five. The values are single batches'."""
     out = {}
-    for name, curves in plot.read_metrics(folder).items():
+    for name, curves in plot.read_metrics(folder).items() if list(folder.glob("**/metrics.csv")) else ():
         found = []
         for _, v in curves.values():
             v = torch.tensor(v, dtype=torch.float64)
@@ -665,6 +675,15 @@ def check_flags(flags: Flags, facts: data.Facts) -> None:
         raise common.UserError(f"--keep {flags.keep}: a share of the teacher's channels, above 0 and at most 1")
     if flags.student_size and flags.source["keep"] == "flag":
         raise common.UserError(f"--keep {flags.keep} and --student-size {flags.student_size}: one of them")
+    known = ("", "random", "teacher")
+    if flags.init not in known and flags.init != "o2mkd1" and not flags.init.startswith("o2mkd1-") and not Path(flags.init).is_file():
+        raise common.UserError(f"--init {flags.init}: " + ("students that differ cannot all be the start; one student for all levels can: o2mkd1" if flags.init.startswith("o2mkd")
+                                                           else "no such file, and none of teacher, random, o2mkd1, o2mkd1-TAG"))
+    same = flags.student_size == (flags.teacher_size or facts.sizes[0]) or flags.keep == 1 and not flags.student_size
+    if flags.init == "teacher" and flags.teacher == "train" and not same:
+        raise common.UserError("--init teacher: its weights fit students of its own size only; give --keep 1, or --init random")
+    if flags.kd_weight == 0 and flags.source["kd"] == "flag":
+        raise common.UserError(f"--kd {flags.kd} and --kd-weight 0: nothing would be distilled; leave one of them out")
     if flags.kd_weight < 0 and flags.kd_weight != -1:
         raise common.UserError(f"--kd-weight {flags.kd_weight}: at least 0; -1 = the one in LAMBDA")
     for name in ("ema", "teacher_ema"):

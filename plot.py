@@ -404,7 +404,7 @@ def losses(folder: Path, N: str) -> plt.Figure:
     fig, ax = plt.subplots(figsize=(6.4, 3.8))
     for i, (name, curves) in enumerate(read_metrics(folder).items()):
         steps, value = next(iter(curves.values()))                  # a student that starts as the teacher begins at 0
-        ax.plot(steps, np.array(value) / (value[0] or 1.0), lw=0.9, color=plt.cm.plasma(0.8 * i / 3), label=f"{name} loss")
+        ax.plot(steps, np.array(value) / (value[0] or 1.0), lw=0.9, marker="." if len(value) < 10 else None, color=plt.cm.plasma(0.8 * i / 3), label=f"{name} loss")
     ax.set(yscale="log", xlabel="updates", ylabel="loss of the batch / that of the first", title=f"Losses of a student (N = {N}), first seed")
     ax.legend(fontsize=8)
     return fig
@@ -417,12 +417,12 @@ def feature_drift(found: dict) -> plt.Figure:
     for low, high, alpha in ((0, 4, 0.25), (1, 3, 0.5)):
         left.fill_between(sigma, q[:, low], q[:, high], color="#2171b5", alpha=alpha, lw=0, label=("1 to 99 %", "25 to 75 %")[low])
     left.plot(sigma, q[:, 2], color="#08306b", label="median")
-    left.set(xscale="log", xlabel="noise level $\\sigma$", ylabel="activations of the bottleneck", title="Their range moves with the noise level …")
+    left.set(xscale="log", xlabel="noise level $\\sigma$", ylabel="activations of the bottleneck", title="Range of the bottleneck's activations")
     left.legend(fontsize=8)
     shown = right.imshow(np.array(found["distance"]), origin="lower", cmap="viridis")
     ticks = list(range(0, len(sigma), 5))
     right.set(xticks=ticks, xticklabels=[f"{sigma[i]:.2g}" for i in ticks], yticks=ticks, yticklabels=[f"{sigma[i]:.2g}" for i in ticks],
-              xlabel="$\\sigma$", ylabel="$\\sigma$", title="… gradually: Fréchet distance of two levels' features")
+              xlabel="$\\sigma$", ylabel="$\\sigma$", title="Fréchet distance of the features of two levels")
     fig.colorbar(shown, ax=right)
     return fig
 
@@ -452,16 +452,19 @@ def draw_o2mkd(out: Path, results: dict, suffix: str) -> list[Path]:
     folders = {int(N): home / f"o2mkd{N}{suffix.removeprefix('-o2mkd')}" for N in results["students"]}
     folders = {N: f for N, f in folders.items() if (f / "samples.pt").exists()}
     if not folders:
-        raise common.UserError(f"{home}: the students' folders that its results name are gone; run o2mkd.py with --out {out} again")
+        raise common.UserError(f"{home}: no samples.pt of the students that its results name; run o2mkd.py with --out {out} again")
     toy = results["metric"] == "l1"
     figures = {"samples": figure4(out, results, home, folders) if toy else image_samples(results, home, folders),
                "students": (l1_against_k if toy else fd_against_k)({**results, "stages": {"o2mkd": results["students"]}})}
     where = folders[min(folders)] if toy else folders[min(folders)] / "student0"
-    figures["losses"] = losses(where, min(folders))
+    if (where / "metrics.csv").exists() and read_metrics(where):
+        figures["losses"] = losses(where, min(folders))
     if (home / "teacher" / "drift.json").exists():
         figures["drift"] = feature_drift(common.load_json(home / "teacher" / "drift.json", "sigma"))
     if any(s.startswith("heun-") for s in results["stages"]):
         figures["curve"] = steps_curve(results)
+    else:
+        (out / "figures" / f"curve{suffix}.png").unlink(missing_ok=True)                        # of other results
     return [save(fig, out / "figures" / f"{name}{suffix}.png") for name, fig in figures.items()]
 
 
@@ -475,7 +478,8 @@ def draw(out, tag: str = "") -> list[Path]:
     out, suffix = Path(out), common.suffix(tag)
     path = out / f"results{suffix}.json"
     if not path.exists():
-        raise common.UserError(f"{path}: no such file; run msd.py with --out {out} first")
+        have = ", ".join(p.stem.removeprefix("results").removeprefix("-") or "the one without a tag" for p in sorted(out.glob("results*.json")) if "previous" not in p.stem)
+        raise common.UserError(f"{path}: no such file; " + (f"{out} has: {have}" if have else f"run msd.py or o2mkd.py with --out {out} first"))
     results = common.load_json(path, "seeds", "students", "samples", "metric")
     home = out / f"seed{results['seeds'][0]}"
     if results.get("method") == "o2mkd":

@@ -93,6 +93,7 @@ RUNS = {                                                            # tag: the c
     "o2mkd-none": "o2mkd.py --students 1 4 --kd-weight 0",
     "o2mkd-small": "o2mkd.py --students 4 --scheme small", "o2mkd-large": "o2mkd.py --students 4 --scheme large",
     "o2mkd-fork": "o2mkd.py --students 1 4 --init o2mkd1 --lr 2e-3 --merge",
+    "o2mkd-fork50": "o2mkd.py --students 1 4 --init o2mkd1 --lr 2e-3 --merge --p 0.5",
     "o2mkd-same": "o2mkd.py --students 1 4 8 --keep 1",
     "o2mkd-keep70": "o2mkd.py --students 1 4 --keep 0.7",
     "o2mkd-2x2": "o2mkd.py --students 4 --ranges 2", "o2mkd-4x1": "o2mkd.py --students 4 --ranges 1", "o2mkd-4x2": "o2mkd.py --students 8 --ranges 2",
@@ -102,7 +103,7 @@ RUNS = {                                                            # tag: the c
 FEWER = {"cd": 2, "S": 3, "XS": 3, "XXS": 3, **{f"prompts-{how}": 3 for how in PROMPT_SPLITS}}      # long ones: at most so many seeds
 UNTAGGED = ("", "adm", "adm2", "fashion", "o2mkd", "o2mkd+", "o2mkd-fashion")
 AFTER = {"adm": [""], "adm2": [""], "continued": [""], "continued-reg": [""], "joint-fast": ["warm"], "XS-post": ["", "adm"],
-         "o2mkd+": ["o2mkd"], "o2mkd-fork": ["o2mkd"], "o2mkd-fashion-fork": ["o2mkd-fashion"]}
+         "o2mkd+": ["o2mkd"], "o2mkd-fork": ["o2mkd"], "o2mkd-fork50": ["o2mkd"], "o2mkd-fashion-fork": ["o2mkd-fashion"]}
 IMAGES = ("fig4-images", "o2-n-images", "o2-merge-images")
 
 
@@ -204,9 +205,9 @@ CLAIMS = {c.id: c for c in (
           (("small", "uniform"), ("uniform", "large")), "l1_data"),
     Claim("o2-merge", "N students merged into one are still better than one student (N = 4; all from one trained student, or from random weights)",
           "FID, N = 4: 4.62 before, 4.75 after; one student 5.32",
-          tuple(Row(f"{name}{of}", tag, stage, N) for tag, of in (("o2mkd-fork", ""), ("o2mkd+", ", random start"))
+          tuple(Row(f"{name}{of}", tag, stage, N) for tag, of in (("o2mkd-fork", ""), ("o2mkd-fork50", ", p = 0.5"), ("o2mkd+", ", random start"))
                 for name, stage, N in (("before", "o2mkd", 4), ("merged", "merged", 4), ("merged, c = 1/N", "merged-mean", 4), ("one student", "o2mkd", 1))),
-          (("merged", "one student"), ("merged, c = 1/N", "one student"), ("merged, random start", "one student, random start")), "l1_data"),
+          (("merged", "one student"), ("merged, p = 0.5", "one student, p = 0.5"), ("merged, random start", "one student, random start")), "l1_data"),
     Claim("o2-same", "it helps without compression: students of the teacher's size that start from it", "FID: teacher 4.19, students 3.78",
           (Row("the teacher", "o2mkd-same", "o2mkd", 0), *(Row(f"N = {N}", "o2mkd-same", "o2mkd", N) for N in (1, 4, 8))),
           (("N = 8", "the teacher"), ("N = 4", "the teacher"), ("N = 4", "N = 1")), "l1_data"),
@@ -251,7 +252,7 @@ def script(tag: str):
     return o2mkd if RUNS[tag].startswith("o2mkd.py") else msd
 
 
-def shown(tag: str, flags: Flags) -> str:
+def typed(tag: str, flags: Flags) -> str:
     """A run as one types it."""
     return f"python {script(tag).__name__}.py {shlex.join(command_line(tag, flags))}"
 
@@ -357,7 +358,7 @@ def train(tags: list[str], flags: Flags) -> None:
     out = Path(folder(flags))
     for i, tag in enumerate(tags):
         argv, name = command_line(tag, flags), tag or "dm"
-        print(f"[{i + 1}/{len(tags)}] {name}: {shown(tag, flags)}", flush=True)
+        print(f"[{i + 1}/{len(tags)}] {name}: {typed(tag, flags)}", flush=True)
         log = out / "logs" / f"{name}.log"
         try:
             with open(log, "a") as file, contextlib.redirect_stdout(file):
@@ -445,7 +446,7 @@ def section(claim: Claim, flags: Flags) -> tuple[str, list[str]]:
     """A claim's line of the table, and its section; draws its figure."""
     found = {r.name: per_seed(r, flags) for r in claim.rows}
     absent = {r.tag: r for r in claim.rows if not found[r.name]}
-    missing = "Not measured: " + ", ".join(f"`{shown(tag, flags)}`" for tag in absent)
+    missing = "Not measured: " + ", ".join(f"`{typed(tag, flags)}`" for tag in absent)
     found = {name: seeds for name, seeds in found.items() if seeds}
     numbers = {name: [p[claim.metric] for p in seeds] for name, seeds in found.items()}
     below = tuple(pair for pair in claim.below if all(measured(name, numbers) for name in pair))
@@ -475,7 +476,7 @@ def section(claim: Claim, flags: Flags) -> tuple[str, list[str]]:
     figure = plot.claim(claim.id, claim.text, numbers, claim.metric, lines(claim, flags), curves(claim, flags))
     path = figures_path(flags) / f"claim-{claim.id}.png"
     plot.save(figure, path)
-    text += ["", f"![{claim.id}]({plot.beside(path, results_path(flags))})", "", "Runs: " + "; ".join(f"`{shown(t, flags)}`" for t in runs)]
+    text += ["", f"![{claim.id}]({plot.beside(path, results_path(flags))})", "", "Runs: " + "; ".join(f"`{typed(t, flags)}`" for t in runs)]
     return line, text
 
 
@@ -644,7 +645,7 @@ def main(argv=None):
     print(f"reproduce: {', '.join(c.id for c in claims)}; {len(todo)} of {len(needed(claims))} runs to do, {1 if flags.quick else flags.seeds} seed(s), "
           f"about {f'{total:.1f} hours' if total > 1.5 else f'{60 * total:.0f} min'}, into {folder(flags)}", flush=True)
     if flags.dry_run:
-        print("\n".join(f"  {shown(t, flags)}" for t in todo))
+        print("\n".join(f"  {typed(t, flags)}" for t in todo))
         return
     check_places(flags)
     train(todo, flags)

@@ -42,7 +42,7 @@ class Flags:
     seeds: str = flag("0-999", "seeds, one sample each: 0-63 or 3,14,15")
     steps: int = flag(0, "steps of the multi-step sampler; 0 = as in the run", low=0)
     sampler: str = flag("heun", "heun, or ddim (first order, one evaluation a step)", choices=("heun", "ddim"))
-    S_churn: float = flag(0.0, "stochasticity of the teacher's sampler [EDM Alg. 2]; 0 = deterministic", low=0)
+    S_churn: float = flag(0.0, "stochasticity of the multi-step sampler [EDM Alg. 2]; 0 = deterministic", low=0)
     out: str = flag("samples", "writes OUT.npz and OUT.png")
     folders: bool = flag(False, "images: also a folder of PNG files, one per seed")
     timing: int = flag(-1, "samples of the speed measurement; 0 = none, -1 = the toy's 16384, 100 images", low=-1)
@@ -105,6 +105,8 @@ def main(argv=None):
         raise common.UserError(f"--out {flags.out}: give a file name without ending, such as samples")
     if flags.steps == 1:
         raise common.UserError("--steps 1: the sampler needs at least 2 steps (0 = as in the run)")
+    if flags.of == "students" and not flags.o2mkd and flags.source["sampler"] == "flag":
+        raise common.UserError(f"--sampler {flags.sampler}: these students take one step; for those by noise level add --o2mkd")
     samplers, evaluations = {}, {}
     kind = "o2mkd" if flags.o2mkd else "students"
     folder = home / f"{kind}{flags.students}{common.suffix(flags.tag)}"

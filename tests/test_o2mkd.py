@@ -8,6 +8,7 @@ import torch
 import common
 import data
 import edm
+import msd
 import o2mkd
 import plot
 import sample
@@ -479,6 +480,7 @@ def test_imagenet_dry_run(capsys):
     (["--init", "nowhere.pt"], ["nowhere.pt", "no such file"]),
     (["--teacher", "exact", "--kd", "similarity"], ["--kd prediction"]),
     (["--kd", "similarity", "--micro-batch", "4"], ["--micro-batch"]),
+    (["--kd", "similarity", "--kd-weight", "0"], ["nothing would be distilled"]),
     (["--inspect", "4"], ["--inspect 4"]),
     (["--curve", "1"], ["--curve 1"]),
     (["--tag", "../x"], ["--tag ../x"]),
@@ -490,6 +492,27 @@ def test_bad_flags(capsys, tmp_path, argv, words):
     line = refused(capsys, o2mkd.main, [*SMOKE, *argv, "--teacher-steps", "1", "--out", str(tmp_path / "x")])
     for word in words:
         assert word in line
+
+
+def test_wrong_calls_from_python(noise, run, tmp_path):
+    found, folder = o2mkd.load_students(noise / "seed0/o2mkd4"), noise / "seed0/o2mkd4"
+    for call, words in ((lambda: o2mkd.routed(found.denoisers[:2], found.router), "2 denoisers for a router of 4"), (lambda: o2mkd.merge(found.start, []), "no students"),
+                        (lambda: o2mkd.merge(found.start, found.denoisers, math.nan), "c = nan"), (lambda: o2mkd.merge_folders([]), "no folders")):
+        with pytest.raises(common.UserError, match=words):
+            call()
+    o2mkd.merge_folders(str(folder))                                # one folder, as a string
+
+
+def test_lost_files_are_named(noise, tmp_path, capsys, monkeypatch):
+    """Weights without their config.json are nobody's; without metrics.csv the curves are left out."""
+    monkeypatch.setattr(plot, "draw", lambda *_: [])
+    out = tmp_path / "copy"
+    shutil.copytree(noise, out)
+    (out / "seed0/o2mkd4/metrics.csv").unlink()
+    o2mkd.main([*SMOKE, "--students", "4", "--out", str(out)])
+    (out / "seed0/o2mkd4/config.json").unlink()
+    assert "config.json is gone" in refused(capsys, o2mkd.main, [*SMOKE, "--students", "4", "--p", "0.1", "--out", str(out)])
+    assert "results-o2mkd" in refused(capsys, msd.main, ["--preset", "smoke", "--quiet", "--tag", "o2mkd-x", "--out", str(tmp_path / "x")])
 
 
 def test_folders_that_hold_no_students(capsys, run):
