@@ -83,7 +83,7 @@ class Flags(edm.Flags):
     tag: str = flag("", "suffix of the students' folders: variants of one teacher side by side")
 
 
-PRESETS = common.merge(edm.PRESETS, {
+PRESETS = common.merge(edm.PRESETS, {      # all ours: the paper follows "default training configurations" that it does not print; cifar10, imagenet64: never run
     ("toy", "smoke"): dict(steps=12, batch=16),
     ("fashion-mnist", "default"): dict(steps=1500, batch=64, lr=2e-3),
     ("fashion-mnist", "smoke"): dict(steps=4, batch=4),
