@@ -440,7 +440,11 @@ def steps_curve(results: dict) -> plt.Figure:
                     label="teacher" if N == "0" else f"N = {N}")
             for cost, n, value in points:
                 ax.annotate(f" {n}", (cost, value), fontsize=7)
-        ax.set(xscale="log", xlabel="multiply-adds of a sample", title=f"{sampler}; beside each point its number of steps")
+        ax.set(xscale="log", xlabel="million multiply-adds of a sample", title=f"{sampler}; beside each point its number of steps")
+        low, high = ax.get_xlim()
+        ticks = [a * 10.0 ** b for b in range(3, 15) for a in (1, 2, 5) if low < a * 10.0 ** b < high]
+        ax.set_xticks(ticks, [f"{t / 1e6:g}" for t in ticks])
+        ax.minorticks_off()
         ax.legend(fontsize=8)
     axes[0].set_ylabel(("$\\ell_1$" if m == "l1_data" else results["title"]) + " to the data")
     return fig
