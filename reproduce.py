@@ -188,7 +188,7 @@ CLAIMS = {c.id: c for c in (
           (("4 students, 1 unit", "1 student, 1 unit"), ("8 students, 1 unit", "1 student, 1 unit"), ("4 students, 4 units", "1 student, 4 units"))),
     Claim("diversity", "more students cover the modes more evenly: the emptiest mode's share", "asked by reviewers", _of_k("", "dm"), (("K = 8", "K = 1"),), "mode_min", True),
     Claim("o2-n", "N students by noise level beat one of the same size at the same inference cost (half of the channels; also 30 % removed)",
-          "FID, N = 1, 4, 8: 5.32, 4.62, 4.34",
+          "FID by relational KD, N = 1, 4, 8: 5.32, 4.62, 4.34",
           (*(Row(f"N = {N}", "o2mkd", "o2mkd", N) for N in (1, 2, 4, 8)), *(Row(f"30 % removed, N = {N}", "o2mkd-keep70", "o2mkd", N) for N in (1, 4))),
           (("N = 8", "N = 1"), ("N = 2", "N = 1"), ("N = 4", "N = 2"), ("N = 8", "N = 4"), ("30 % removed, N = 4", "30 % removed, N = 1")), "l1_data", picture="samples-o2mkd"),
     Claim("o2-loss", "it works with each distillation loss, and each loss beats none (their weights were chosen on seed 0)", "FID, N = 1 -> 4: 5.36 -> 4.73, 5.51 -> 4.81, 5.32 -> 4.62, 5.44 -> 4.75; without KD 5.84",

@@ -307,7 +307,7 @@ def test_commands_that_readme_prints(line, run, image_run, small, tiny, tmp_path
         return
     argv = [w for w in argv if not w.startswith("--dry-run")]
     if script == "o2mkd" and "--init" in argv:                      # its start: one student for all levels
-        o2mkd.main([*SMOKE, "--students", "1", "--out", "runs/fresh"])
+        o2mkd.main([*SMOKE, "--students", "1", "--out", "runs/fresh", *(["--dataset", "fashion-mnist", "--data", str(tiny)] if "fashion-mnist" in argv else [])])
         argv += ["--out", "runs/fresh"]
     if "fashion-mnist" not in argv and ("--stages" in argv or "--student-size" in argv or script == "adm"):    # goes on from what is there
         for heavy in ("--seeds", "--steps", "--reg-warmup", "--tsm-steps", "--adm-steps", "--out", "--against"):
