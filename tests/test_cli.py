@@ -259,7 +259,7 @@ def long(line: str) -> bool:
     """Run with --run-slow only: two ranks, the variants of the tables, claims, planted bugs, the images' second and third command, and what other tests run too."""
     return ("reproduce.py --" in line and "--list" not in line or line.startswith("torchrun") and "imagenet64" not in line
             or any(w in line for w in ("runs/st", "runs/sweep", "runs/sign", "runs/reproduce", "--seeds 5", "--students 8 --out runs/toy", "--bug", "--tag dmd2", "--tag filter",
-                                       "--tag short", "--tag reg", "--tag fork", "benchmark.py --", "--students 4 --partition kmeans", "--partition quadrant"))
+                                       "--tag short", "--tag reg", "--tag fork", "1 2 4 8 --method cd", "--preset paper", "benchmark.py --", "--students 4 --partition kmeans", "--partition quadrant"))
             and "--cfg" not in line
             or "o2mkd.py" in line and any(w in line for w in ("--curve", "--init", "--ranges", "--scheme", "--p ", "--dataset fashion-mnist"))
             or "fashion-mnist" in line and ("--against" in line or "--stages" in line))

@@ -178,6 +178,7 @@ def test_killed_in_any_stage_and_run_again_is_the_same_bit_for_bit(small, tmp_pa
         assert equal(trained(small), trained(out))
 
 
+@pytest.mark.slow
 def test_own_tsm_networks(small, tmp_path):
     """--no-tsm-common: one per student, on its own classes, in its own folder; --real generated works as well."""
     out = tmp_path / "copy"
@@ -188,6 +189,7 @@ def test_own_tsm_networks(small, tmp_path):
     assert common.load_json(out / "seed0/students3-own/adm/config.json")["real"] == "generated"
 
 
+@pytest.mark.slow
 def test_one_specialised_student_against_the_general_one(small, tmp_path, capsys):
     out = tmp_path / "copy"
     shutil.copytree(small, out)
