@@ -205,7 +205,7 @@ def distil(flags: Flags, members: list, starts: list[dmd.Start], inputs: dmd.Inp
         stack, row = [members[i] for i in index], [seeds.index(members[i].seed) for i in index]
         net = student_of(dmd.generators(flags, [starts[i] for i in index], device))
         references = {s: r["select"] for s, r in inputs.references.items()}
-        ema, best = train(run, flags, stack, dmd.teacher_of(flags, row, inputs, device), net, source(), inputs.judge, references, device)
+        ema, best = train(run, flags, stack, dmd.teacher_of(flags, row, inputs.teachers, device), net, source(), inputs.judge, references, device)
         return {"best.pt": best, "ema.pt": ema}
     homes = [dmd.stage_folder(flags, m.seed, m.students, "cd") for m in members]
     configs = [config(flags, m.seed, s) for m, s in zip(members, starts)]

@@ -608,15 +608,15 @@ def networks(flags: Flags, starts: list[Start], row: list[int], inputs: Inputs, 
     facts, size = data.facts(flags.dataset, flags.resolution), inputs.teachers[0].size
     G = generators(flags, starts, device)
     fake = edm.stacked([inputs.teachers[r] for r in row], size, facts, flags, device)
-    return G, teacher_of(flags, row, inputs, device), fake
+    return G, teacher_of(flags, row, inputs.teachers, device), fake
 
 
-def teacher_of(flags: Flags, row: list[int], inputs: Inputs, device):
-    """mu_teacher of a stack of M members: the closed form, or their seeds' networks, frozen. row: per member, which teacher."""
+def teacher_of(flags, row: list[int], teachers: list, device):
+    """mu_teacher of a stack of M members: the closed form, or their seeds' networks, frozen. row: per member, which of `teachers`."""
     facts = data.facts(flags.dataset, flags.resolution)
-    D = inputs.teachers[row[0]]
+    D = teachers[row[0]]
     if flags.teacher != "exact" and len(row) > 1:
-        D = edm.stacked([inputs.teachers[r] for r in row], D.size, facts, flags, device).requires_grad_(False)
+        D = edm.stacked([teachers[r] for r in row], D.size, facts, flags, device).requires_grad_(False)
     edm.compiled(flags, D)
     return edm.mu_teacher(flags, D, facts.exact)
 

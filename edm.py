@@ -203,9 +203,9 @@ def heun(denoise, z: Tensor, label: Tensor | None, steps: int, *, S_churn: float
     return x.to(z.dtype)
 
 
-def ddim(denoise, z: Tensor, label: Tensor | None, steps: int) -> Tensor:
+def ddim(denoise, z: Tensor, label: Tensor | None, steps: int, **churn) -> Tensor:
     """As `heun`, but of first order: one evaluation a step. DDIM [Song et al. 2021] in EDM's variables is Euler's method on its ODE."""
-    return heun(denoise, z, label, steps, order=1)
+    return heun(denoise, z, label, steps, order=1, **churn)
 
 
 SAMPLERS = {"heun": heun, "ddim": ddim}

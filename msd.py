@@ -987,6 +987,13 @@ def read_against(flags: Flags) -> dict:
     return theirs
 
 
+def set_aside(path: Path) -> None:
+    """Results of other seeds or flags make room: NAME.previous.json, NAME.previous1.json, …; said so."""
+    kept = next(p for p in (path.with_suffix(f".previous{i or ''}.json") for i in range(10_000)) if not p.exists())
+    path.replace(kept)
+    print(f"\n{path} was of other seeds or flags: moved to {kept}")
+
+
 def merged(path: Path, results: dict) -> dict:
     """Results together with the other K and stages of the same seeds and flags that the file holds; a file of others is set aside."""
     if not path.exists():
@@ -998,9 +1005,7 @@ def merged(path: Path, results: dict) -> dict:
         stages = {s: {**old["stages"].get(s, {}), **results["stages"].get(s, {})} for s in ONE_STEP if s in {*old["stages"], *results["stages"]}}
         return {**results, "configs": {**configs, **results["configs"]}, "stages": stages, "students": list(stages.values())[-1],
                 "partition": {**old.get("partition", {}), **results.get("partition", {})}, **{k: old[k] for k in ("bound",) if k in old and k not in results}}
-    kept = next(p for p in (path.with_suffix(f".previous{i or ''}.json") for i in range(10_000)) if not p.exists())
-    path.replace(kept)
-    print(f"\n{path} was of other seeds or flags: moved to {kept}")
+    set_aside(path)
     return results
 
 

@@ -402,11 +402,7 @@ def distil(flags: Flags, members: list, starts: list[dmd.Start], teachers: list,
         net = dmd.generators(flags, [starts[i] for i in index], device)
         own = [edges[m.students][m.student % (len(edges[m.students]) - 1):][:2] for m in stack]
         low, high = torch.tensor(own, device=device).T
-        teacher = edm.mu_teacher(flags, None, facts.exact) if flags.teacher == "exact" else None
-        if teacher is None:
-            D = teachers[row[0]] if len(row) == 1 else edm.stacked([teachers[r] for r in row], teachers[0].size, facts, flags, device).requires_grad_(False)
-            edm.compiled(flags, D)
-            teacher = edm.mu_teacher(flags, D)
+        teacher = dmd.teacher_of(flags, row, teachers, device)
         inside = facts.net(1, starts[index[0]].size).bottleneck if flags.kd in FEATURE_LOSSES else (0,)
         outside = teachers[0].net.bottleneck if flags.kd in FEATURE_LOSSES else (0,)
         project = Projection([m.seed for m in stack], inside[0], outside[0]).to(device) if projects(flags.kd, inside, outside) else None
@@ -803,9 +799,7 @@ def report(flags: Flags, results: dict) -> None:
             stages = {s: {**old["stages"].get(s, {}), **results["stages"].get(s, {})} for s in {**old["stages"], **results["stages"]}}
             results = {**results, "stages": stages, "students": stages["o2mkd"], "cost": {**old["cost"], **results["cost"]}, "edges": {**old["edges"], **results["edges"]}}
         else:
-            kept = next(p for p in (path.with_suffix(f".previous{i or ''}.json") for i in range(10_000)) if not p.exists())
-            path.replace(kept)
-            print(f"\n{path} was of other seeds or flags: moved to {kept}")
+            msd.set_aside(path)
     common.save_json(path, results)
     print("\n" + table(results) + "\n" + "\n".join(verdicts(results)))
     figures = plot.draw(Path(flags.out), "o2mkd" + name)

@@ -80,7 +80,7 @@ def run_folder(path: str) -> Path:
 def sample_multistep(D, z: torch.Tensor, label: torch.Tensor, steps: int, sampler: str, S_churn: float, seeds: list[int], chunk: int):
     """Multi-step samples [N, *shape] from latents z [N, *shape]. Churn's noise is keyed by all seeds together."""
     g = common.generator("churn", tuple(seeds), device=z.device) if S_churn else None
-    return torch.cat([edm.heun(D, a[None], b[None], steps, S_churn=S_churn, generator=g, order=2 if sampler == "heun" else 1)[0]
+    return torch.cat([edm.SAMPLERS[sampler](D, a[None], b[None], steps, S_churn=S_churn, generator=g)[0]
                       for a, b in zip(z.split(chunk), label.split(chunk))])
 
 

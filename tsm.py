@@ -203,12 +203,7 @@ def distil(flags: Flags, members: list, size: str, teachers: list, source, devic
     def train_stack(run, index: list[int]) -> dict:
         stack, row = [trained[i] for i in index], [seeds.index(trained[i].seed) for i in index]
         net = dmd.generators(flags, [random[i] for i in index], device)
-        if flags.teacher == "exact" or len(row) == 1:
-            teacher = teachers[row[0]]
-        else:
-            teacher = edm.stacked([teachers[r] for r in row], teachers[0].size, facts, flags, device).requires_grad_(False)
-        edm.compiled(flags, teacher)
-        teacher = edm.mu_teacher(flags, teacher, facts.exact)
+        teacher = dmd.teacher_of(flags, row, teachers, device)
         return {"ema.pt": train(run, flags, stack, teacher, net, source(), device)}
     dmd.train_all(flags, "tsm", trained, homes, [config(flags, m.seed, size) for m in trained], flags.tsm_steps, train_stack, random, ranks, ("ema.pt",))
     return [dmd.start_from(home(flags, m, size), "ema.pt", 0 if flags.tsm_common else m.student) for m in members]
