@@ -956,18 +956,24 @@ def check_ranks(flags: Flags, facts: data.Facts, ranks: common.Ranks) -> None:
     if "tsm" in flags.stages and flags.tsm_common:                  # all ranks train it together
         ranks.parts(flags.tsm_batch, flags.micro_batch)
     for K in flags.students:
-        alone = facts.stacked or flags.student >= 0
-        each = ranks.size if alone else ranks.size // K if ranks.size >= K and ranks.size % K == 0 else 1
-        if not alone and ranks.size > K and ranks.size % K:
-            raise common.UserError(f"{ranks.size} ranks cannot be shared evenly by {K} students; start {K * (ranks.size // K)} or "
-                                   f"{K * (ranks.size // K + 1)}, or one job per student with --student")
-        for name, batch in batches(flags):
-            if name == "--tsm-batch" and flags.tsm_common:
-                continue
-            share, rest = divmod(batch, each)
-            if rest or (flags.micro_batch and share % min(share, flags.micro_batch)):
-                raise common.UserError(f"{name} {batch} with {each} ranks a student and --micro-batch {flags.micro_batch}: does not "
-                                       f"divide; choose a multiple of {each}{f' x {flags.micro_batch}' if flags.micro_batch else ''}")
+        ranks_each(flags, K, ranks, facts.stacked or flags.student >= 0, [b for b in batches(flags) if b[0] != "--tsm-batch" or not flags.tsm_common],
+                   ", or one job per student with --student")
+
+
+def ranks_each(flags, students: int, ranks: common.Ranks, together: bool, batches: list[tuple[str, int]], hint: str = "") -> int:
+    """Ranks that each of `students` trains on; together: all train one stack, or one student. batches: (flag, batch) that they share.
+
+    UserError if ranks, batches or --micro-batch do not divide."""
+    each = ranks.size if together else max(1, ranks.size // students)
+    if not together and ranks.size > students and ranks.size % students:
+        raise common.UserError(f"{ranks.size} ranks cannot be shared evenly by {students} students; start {students * (ranks.size // students)} or "
+                               f"{students * (ranks.size // students + 1)}{hint}")
+    for name, batch in batches:
+        share, rest = divmod(batch, each)
+        if rest or (flags.micro_batch and share % min(share, flags.micro_batch)):
+            raise common.UserError(f"{name} {batch} with {each} ranks a student and --micro-batch {flags.micro_batch}: does not "
+                                   f"divide; choose a multiple of {each}{f' x {flags.micro_batch}' if flags.micro_batch else ''}")
+    return each
 
 
 def read_against(flags: Flags) -> dict:

@@ -712,13 +712,7 @@ def check_ranks(flags: Flags, facts: data.Facts, ranks: common.Ranks) -> None:
     if flags.teacher == "train":
         ranks.parts(flags.teacher_batch, flags.micro_batch)
     for N in flags.students:
-        if not facts.stacked and ranks.size > N and ranks.size % N:
-            raise common.UserError(f"{ranks.size} ranks cannot be shared evenly by {N} students; start {N * (ranks.size // N)}")
-        each = ranks.size if facts.stacked else max(1, ranks.size // N)
-        share, rest = divmod(flags.batch, each)
-        if rest or flags.micro_batch and share % min(share, flags.micro_batch):
-            raise common.UserError(f"--batch {flags.batch} with {each} ranks a student and --micro-batch {flags.micro_batch}: does not divide")
-        if each > 1 and flags.kd in ("similarity", "contrastive"):
+        if msd.ranks_each(flags, N, ranks, facts.stacked, [("--batch", flags.batch)]) > 1 and flags.kd in ("similarity", "contrastive"):
             raise common.UserError(f"{ranks.size} ranks: --kd {flags.kd} relates all samples of a batch; start at most one rank per student")
 
 
