@@ -28,56 +28,58 @@ Run      python consistency.py --dataset toy
 Many GPUs    torchrun --nproc-per-node 8 consistency.py --dataset imagenet64
 """
 import copy
-import dataclasses
 import math
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-import adm
-import common
-import data
-import dmd
 import edm
-from common import flag
+from common import AdamW, Average, ema_update, learning_rate
+from dmd import regression_loss
+from flags import flag
+
+NAME, BY = "cd", "teacher"                                           # what a student's best checkpoint is nearest to
+USES = {name: f"dm.{name}" for name in ("warmup", "clip_norm", "select_samples", "eval_every")}
+USES |= {"cd_distance": "dm.distance", "real": "real", "student_size": "student_size"}
 
 
-@dataclasses.dataclass
-class Flags(adm.Flags):
-    """Flags of CD; warm-up, clipping, weight decay and evaluation are those of DM."""
-    cd_steps: int = flag(16_000, "updates of the student", "cd", low=1)
-    cd_batch: int = flag(512, "batch per student", "cd", low=1)
-    cd_lr: float = flag(1e-2, "learning rate (AdamW)", "cd", low=0)
-    cd_beta2: float = flag(0.99, "AdamW's second beta", "cd", low=0)
-    cd_decay: str = flag("cosine", "schedule of the learning rate after warm-up", "cd", ("linear", "cosine", "constant"))
-    cd_points: int = flag(64, "N: noise levels of the discretised ODE, sigma_max and sigma_min among them", "cd", low=2)
-    cd_rise: float = flag(0.3, "share of the updates in which the levels come in, from sigma_min upwards; 0 = all from the start", "cd", low=0)
-    cd_focus: float = flag(0.6, "share of the levels drawn by ln sigma ~ N(-2, 1.4^2), where modes part; the rest uniformly", "cd", low=0)
-    cd_target: float = flag(0.97, "mu: decay of the average that gives the target; 0 = f itself, without gradient", "cd", low=0)
-    cd_ema: float = flag(0.998, "decay of the average of f's weights (what is kept and sampled)", "cd", low=0)
-    cd_distance: str = flag("l2", "root mean square, mean square, or LPIPS (VGG)", "cd", ("l2", "mse", "lpips"))
+@dataclass
+class Flags:
+    """Consistency distillation (CD); warm-up, clipping, distance and evaluation are those of DM"""
+    prefix = "cd_"
+    steps: int = flag(16_000, "updates of the student", low=1)
+    batch: int = flag(512, "batch per student", low=1)
+    lr: float = flag(1e-2, "learning rate (AdamW)", low=0)
+    beta2: float = flag(0.99, "AdamW's second beta", low=0, below=1)
+    decay: str = flag("cosine", "schedule of the learning rate after warm-up", choices=("linear", "cosine", "constant"))
+    points: int = flag(64, "N: noise levels of the discretised ODE, sigma_max and sigma_min among them", low=2)
+    rise: float = flag(0.3, "share of the updates in which the levels come in, from sigma_min upwards; 0 = none", low=0,
+                       below=1)
+    focus: float = flag(0.6, "share of the levels drawn by ln sigma ~ N(-2, 1.4^2), where modes part; the rest uniformly",
+                        low=0, below=1)
+    target: float = flag(0.97, "mu: decay of the average that gives the target; 0 = f itself, without gradient", low=0,
+                         below=1)
+    ema: float = flag(0.998, "decay of the average of f's weights (what is kept and sampled)", low=0, below=1)
 
 
 # of Song et al. 2023, App. C, CD on ImageNet-64; RAdam there
-CM = dict(cd_beta2=0.999, cd_decay="constant", cd_rise=0.0, cd_focus=0.0, cd_target=0.95, cd_points=40, cd_ema=0.999943)
+CM = dict(beta2=0.999, decay="constant", rise=0.0, focus=0.0, target=0.95, points=40, ema=0.999943)
 PRESETS = {
-    ("toy", "default"): {}, ("toy", "few-pairs"): {}, ("toy", "paper"): dict(CM, cd_steps=200_000, cd_lr=1e-7, cd_points=64),
-    ("toy", "smoke"): dict(cd_steps=12, cd_batch=16, cd_points=8),
-    ("fashion-mnist", "default"): dict(CM, cd_steps=2000, cd_batch=64, cd_lr=5e-4, cd_decay="linear", cd_ema=0.995),
-    ("fashion-mnist", "smoke"): dict(cd_steps=6, cd_batch=4, cd_points=4),
+    ("toy", "paper"): dict(CM, steps=200_000, lr=1e-7, points=64),
+    ("toy", "smoke"): dict(steps=12, batch=16, points=8),
+    ("fashion-mnist", "default"): dict(CM, steps=2000, batch=64, lr=5e-4, decay="linear", ema=0.995),
+    ("fashion-mnist", "smoke"): dict(steps=6, batch=4, points=4),
     # CM's CIFAR-10 run: 18 levels, the target is f itself, learning rate 4e-4, batch 512, 800 000 updates
-    ("cifar10", "default"): dict(CM, cd_steps=800_000, cd_batch=512, cd_lr=4e-4, cd_points=18, cd_target=0.0, cd_ema=0.9999, cd_distance="lpips"),
-    ("cifar10", "smoke"): dict(CM, cd_steps=2, cd_batch=2, cd_points=3),
+    ("cifar10", "default"): dict(CM, steps=800_000, batch=512, lr=4e-4, points=18, target=0.0, ema=0.9999),
+    ("cifar10", "smoke"): dict(CM, steps=2, batch=2, points=3),
     # CM's ImageNet-64 run: 600 000 updates of batch 2048 at 8e-6; MSD has no CD on images
-    ("imagenet64", "default"): dict(CM, cd_steps=600_000, cd_batch=2048, cd_lr=8e-6, cd_distance="lpips"),
+    ("imagenet64", "default"): dict(CM, steps=600_000, batch=2048, lr=8e-6),
 }
 PRESETS["imagenet64", "paper"] = PRESETS["imagenet64", "default"]
-# what CD takes from DM's flags
-SHARED = ("weight_decay", "warmup", "clip_norm", "select_samples", "eval_every")
 
 
-# ------------------------------------------------------------------------------------------- the method: scalings, step, loss
+# ------------------------------------------------------------------------------------ the method: scalings, step, loss
 
 def boundary_scalings(sigma: Tensor, sigma_data: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
     """c_skip, c_out, c_in [...] with c_skip(sigma_min) = 1 and c_out(sigma_min) = 0, exactly [Song et al. 2023, App. C].
@@ -88,8 +90,8 @@ def boundary_scalings(sigma: Tensor, sigma_data: float = 0.5) -> tuple[Tensor, T
 
 
 def student_of(D: edm.Precond) -> edm.Precond:
-    """f with the network of D, copied, and the boundary scalings: f(x; sigma_min) = x bit for bit."""
-    return edm.Precond(copy.deepcopy(D.net), D.sigma_data, edm.SIGMA_MIN)
+    """f with the network of D and the boundary scalings: f(x; sigma_min) = x bit for bit."""
+    return edm.Precond(D.net, D.sigma_data, edm.SIGMA_MIN)
 
 
 @torch.no_grad()
@@ -106,11 +108,11 @@ def consistency_loss(f, target, solve, x: Tensor, label: Tensor | None, t: Tenso
     """l(f(x_t; t), f^-(x_t'; t')) of real data x [..., *shape], per sample [...] [Song et al. 2023, Eq. 7].
 
     x_t = x + t noise; solve(x_t, t, t', label) takes it along the teacher's ODE to the lower level t' = t_next; target is f^-,
-    which gets no gradient; distance: see dmd.regression_loss."""
+    which gets no gradient; distance: see regression_loss."""
     x_t = x + edm.like(t, x) * noise
     with torch.no_grad():
         y = target(solve(x_t, t, t_next, label), t_next, label)
-    return dmd.regression_loss(f(x_t, t, label), y, distance)
+    return regression_loss(f(x_t, t, label), y, distance)
 
 
 @torch.no_grad()
@@ -140,124 +142,50 @@ def draw_level(u: Tensor, law: Tensor, top: int) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------------ training
 
-def train(run: common.Stage, flags: Flags, members, teacher, net, source, judge, references: dict, device):
-    """Train the stack of students that `net` initialises; returns (last, best) averaged weights of each member.
+def length(flags) -> tuple[int, int]:
+    """Updates of this stage, and its batch."""
+    return flags.cd.steps, flags.cd.batch
 
-    members: M students, each with its classes Y_k, from which real data and labels come;  teacher: denoiser, never changed
-    net: stack of M, with boundary scalings;  source: real data (data.py);  judge, references: see dmd.own_distance"""
-    facts = data.facts(flags.dataset, flags.resolution)
-    draws, ranks = common.Draws("cd", members, device), run.ranks
-    names = [f"student {m.student} of {m.students}, seed {m.seed}" for m in members]
-    f, target = copy.deepcopy(net).requires_grad_(True), copy.deepcopy(net).requires_grad_(False)
-    ema, best = copy.deepcopy(target), copy.deepcopy(target)
-    edm.compiled(flags, f, target, ema)
-    optimizer = torch.optim.AdamW(f.parameters(), betas=(0.9, flags.cd_beta2), weight_decay=flags.weight_decay, fused=True)
-    record = {"distance": torch.full((len(members),), float("inf"))}
-    start = run.resume(f=f, target=target, ema=ema, best=best, optimizer=optimizer, record=record)
 
-    B, N = flags.cd_batch, flags.cd_points
-    grid = edm.sigma_bins(N).float().to(device)                                                 # ascending
-    law = level_law(edm.sigma_bins(N), flags.cd_focus).to(device, torch.float32 if device.type == "mps" else torch.float64)
-    distance = dmd.lpips_distance(device) if flags.cd_distance == "lpips" else flags.cd_distance
-    for step in run.range(start):
-        rise = flags.cd_rise * flags.cd_steps
-        top = max(1, math.ceil(min(1.0, (step + 1) / rise if rise else 1.0) * (N - 1)))         # levels below this one are in
-        optimizer.zero_grad()
-        loss = torch.zeros(len(members), device=device)
-        for part in ranks.parts(B, flags.micro_batch):
-            x, label = source.batch(draws, step, B, part)                                       # [M, b, *shape], of Y_k
-            i = draw_level(draws.uniform(step, "level", B), law, top)[:, part]                  # [M, b], 0 … N - 2
-            noise = draws.normal(step, "noise", B, *facts.shape)[:, part]
-            losses = consistency_loss(f, target, lambda *at: heun_step(teacher, *at), x, label, grid[i + 1], grid[i], noise, distance)
-            share = losses.sum(-1) / B                                                          # [M]
-            share.sum().backward()
-            loss += share.detach()
-        loss = run.check(step, loss, names)
-        ranks.add_gradients(f)
-        common.clip_gradients(f, flags.clip_norm, len(members))
-        common.set_learning_rate(optimizer, common.learning_rate(flags.cd_lr, step, flags.cd_steps, flags.warmup, flags.cd_decay))
-        optimizer.step()
-        common.ema_update(target, f, flags.cd_target, step)
-        common.ema_update(ema, f, flags.cd_ema, step)
+def highest(step: int, cd: Flags) -> int:
+    """Levels below this one are in: all N - 1, but for the first `rise` of the updates, in which they come in from below."""
+    rise = cd.rise * cd.steps
+    return max(1, math.ceil(min(1.0, (step + 1) / rise if rise else 1.0) * (cd.points - 1)))
+
+
+def train(run, flags, task) -> dict:
+    """Train the stack f, which starts as task.G; returns {file: the weights to keep in it}.
+
+    task.teacher: denoiser, frozen, whose ODE is followed; task.real: D_real of Y_k."""
+    cd, dm, f = flags.cd, flags.dm, student_of(task.G)
+    target = copy.deepcopy(f).requires_grad_(False)
+    average = Average(f, cd.ema, task.select)                       # of f's weights; the best of each student is kept too
+    opt = AdamW(f, run, (0.9, cd.beta2), dm.clip_norm)
+    state = dict(f=f, target=target, **average.state(), optimizer=opt)
+
+    grid = edm.sigma_bins(cd.points).float().to(run.ranks.device)                               # [N], ascending
+    law = level_law(edm.sigma_bins(cd.points), cd.focus)
+    law = law.to(grid.device, torch.float32 if grid.device.type == "mps" else torch.float64)
+
+    def solve(x: Tensor, t: Tensor, t_next: Tensor, label: Tensor) -> Tensor:
+        return heun_step(task.teacher, x, t, t_next, label)
+    for step in run.steps(state):
+        for batch in run.batches(step):                             # one, unless ranks or --micro-batch ask for more
+            x, label = task.real(batch)                             # [M, b, *shape], of Y_k
+            i = draw_level(batch.uniform("level"), law, highest(step, cd))                      # [M, b], 0 … N - 2
+            losses = consistency_loss(f, target, solve, x, label, grid[i + 1], grid[i], batch.normal("noise"), task.distance)
+            opt.backward(losses)
+        loss = opt.step(step, learning_rate(cd.lr, step, cd.steps, dm.warmup, cd.decay))
+        ema_update(target, f, cd.target, step)
+        average.update(step)
         if (step + 1) % 50 == 0:
-            run.log(step + 1, loss=loss, **dmd.by_band(losses.detach(), grid[i + 1], "consistency loss"))
-        if (step + 1) % flags.eval_every == 0 or step + 1 == flags.cd_steps:
-            dmd.keep_best(run, step + 1, dmd.own_distance(ema, facts, judge, members, references, flags.select_samples, device, ranks),
-                          ema, best, record, facts.metric)
-        run.save(step + 1, f=f, target=target, ema=ema, best=best, optimizer=optimizer, record=record)
-    return ema, best
+            run.log(step + 1, loss=loss, **edm.by_band(losses, grid[i + 1], "consistency loss"))
+        if (step + 1) % dm.eval_every == 0 or step + 1 == cd.steps:
+            average.choose(run, step + 1)                           # each student by its own classes [MSD App. E]
+        run.save(step + 1, state)
+    return {"best.pt": average.best, "ema.pt": average.now}
 
 
-# ------------------------------------------------------------------------------------------------------ the whole stage
-
-def config(flags: Flags, seed: int, start: dmd.Start) -> dict:
-    """The flags that determine the CD students of a seed, but for K and the partition."""
-    pairs = {"sampler_steps": flags.sampler_steps, "pairs": flags.pairs} if flags.real == "generated" else {}
-    return {**dmd.ancestry(flags, seed), "start": start.name, **common.stage_config(flags, "size"), "real": flags.real, **pairs,
-            **{name: getattr(flags, name) for name in SHARED}, **common.stage_config(flags, "cd")}
-
-
-def distil(flags: Flags, members: list, starts: list[dmd.Start], inputs: dmd.Inputs, source, device, ranks) -> None:
-    """G_k = Distill_CD(mu_teacher, D_real of Y_k) for all members [MSD Eq. 1]: best.pt and ema.pt in each cd folder."""
-    seeds = edm.seeds(flags)
-
-    def train_stack(run, index: list[int]) -> dict:
-        stack, row = [members[i] for i in index], [seeds.index(members[i].seed) for i in index]
-        net = student_of(dmd.generators(flags, [starts[i] for i in index], device))
-        references = {s: r["select"] for s, r in inputs.references.items()}
-        ema, best = train(run, flags, stack, dmd.teacher_of(flags, row, inputs.teachers, device), net, source(), inputs.judge, references, device)
-        return {"best.pt": best, "ema.pt": ema}
-    homes = [dmd.stage_folder(flags, m.seed, m.students, "cd") for m in members]
-    configs = [config(flags, m.seed, s) for m, s in zip(members, starts)]
-    dmd.train_all(flags, "cd", members, homes, configs, flags.cd_steps, train_stack, starts, ranks)
-
-
-def check_flags(flags: Flags) -> None:
-    """Raise UserError for values that are fine alone but not together."""
-    for name in ("cd_target", "cd_ema", "cd_beta2"):
-        if getattr(flags, name) >= 1:
-            raise common.UserError(f"{common.option(name)} {getattr(flags, name)}: must be below 1")
-    for name in ("cd_rise", "cd_focus"):
-        if getattr(flags, name) > 1:
-            raise common.UserError(f"{common.option(name)} {getattr(flags, name)}: a share, from 0 to 1")
-    if flags.cd_distance == "lpips" and data.DATASETS[flags.dataset].stacked:
-        raise common.UserError(f"--cd-distance lpips: needs images; {flags.dataset} takes l2 or mse")
-
-
-@common.command
-def main(argv=None):
-    """CD of one student that covers every class: msd.py with K = 1 and --method cd, without its figures."""
-    flags = common.parse(Flags, PRESETS_ALL, argv, __doc__)
-    flags.tag = flags.tag or "cd"
-    dmd.check_flags(flags)
-    adm.check_flags(flags)
-    check_flags(flags)
-    if flags.dry_run:
-        print(common.describe(flags))
-        return
-    if flags.teacher == "exact" or flags.student_size:
-        raise common.UserError("--teacher exact and --student-size: python msd.py --students 1 --method cd takes them")
-    device = common.device(flags.device, flags.threads)
-    ranks = common.world(device)
-    facts = data.facts(flags.dataset, flags.resolution)
-    ranks.parts(flags.cd_batch, flags.micro_batch)
-    if flags.cd_distance == "lpips":
-        dmd.lpips_distance("cpu")                                   # are its weights there? Hours later is too late
-    if ranks.rank == 0:
-        print(f"consistency: one student of {flags.dataset}, {flags.cd_steps} updates of batch {flags.cd_batch}, {flags.cd_points} levels, on {device}, "
-              f"into {flags.out}")
-    source = data.opened(flags, ranks)
-    with common.alone(Path(flags.out), ranks):
-        inputs = dmd.get_inputs(flags, device, ranks)
-    members = [common.Member(seed, 1, 0, tuple(range(facts.classes))) for seed in edm.seeds(flags)]
-    starts = [dmd.Start("teacher", D.size, lambda D=D: D) for D in inputs.teachers]
-    distil(flags, members, starts, inputs, adm.real_data(flags, inputs, source), device, ranks)
-    for m in members if ranks.rank == 0 else ():
-        print(f"seed {m.seed}: {dmd.stage_folder(flags, m.seed, 1, 'cd')}")
-    common.leave(ranks)
-
-
-PRESETS_ALL = common.merge(adm.PRESETS_ALL, PRESETS)
-
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":                               # this stage alone, one student for all classes
+    import msd
+    raise SystemExit(msd.main(["--students", "1", "--stages", "cd", *__import__("sys").argv[1:]]))
