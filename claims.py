@@ -29,7 +29,7 @@ class Claim:
     entries: tuple[Entry, ...]
     comparisons: tuple[str, ...]
     metric: str = "l1"
-    curve: str = ""                        # the stage whose curves stand beside the dots, against samples seen
+    curves: bool = False                   # do training curves stand beside the dots?
     picture: str = ""                      # a figure of the first entry's run folder that belongs to it
 
 
@@ -39,8 +39,8 @@ PAIRS = "--students 4 --preset few-pairs --pairs"
 SMALL = "--students 1 2 4 8 --stages tsm,dm,adm --student-size"
 XXS = "--student-size XXS --init random --steps 6000 --reg-warmup 2000 --students"
 PROMPTS = "--dataset toy-prompts --students 4 --partition"
-FORK = "o2mkd.py --students 1 4 --merge --init o2mkd1 --lr"
-RUNS = {                                   # by their tags, in order: a command of msd.py, or of the script named
+FORK = "--students 1 4 --merge --init o2mkd1 --lr"
+RUNS = {                                   # in their order; o2mkd… are commands of o2mkd.py, the others of msd.py
     "dm": "--students 1 2 4 8",
     "cd": "--students 1 2 4 8 --stages cd",
     "batch32": "--students 4 --batch 32",
@@ -68,37 +68,39 @@ RUNS = {                                   # by their tags, in order: a command 
     "XS-post": "--students 8 --student-size XS --stages post",
     **{f"prompts-{how}": f"{PROMPTS} {how}" for how in ("random", "kmeans", "quadrant")},
     "fashion": "--dataset fashion-mnist --students 1 5",
-    "o2mkd": "o2mkd.py --students 1 2 4 8",
-    "o2mkd+": "o2mkd.py --students 1 4 --merge --inspect 0 --curve 10 20 37",         # 37 cost what the teacher's 10 do
-    "o2mkd-p0": "o2mkd.py --students 4 --p 0 --inspect 0",
-    "o2mkd-p25": "o2mkd.py --students 4 --p 0.25",
-    "o2mkd-p50": "o2mkd.py --students 4 --p 0.5",
-    "o2mkd-p100": "o2mkd.py --students 4 --p 1 --inspect 0",
-    **{f"o2mkd-{kd}": f"o2mkd.py --students 1 4 --kd {kd}" for kd in ("attention", "similarity", "contrastive")},
-    "o2mkd-none": "o2mkd.py --students 1 4 --kd-weight 0",
-    "o2mkd-small": "o2mkd.py --students 4 --scheme small",
-    "o2mkd-large": "o2mkd.py --students 4 --scheme large",
+    "o2mkd": "--students 1 2 4 8",
+    "o2mkd+": "--students 1 4 --merge --inspect 0 --curve 10 20 37",       # 37 cost what the teacher's 10 do
+    "o2mkd-p0": "--students 4 --p 0 --inspect 0",
+    "o2mkd-p25": "--students 4 --p 0.25",
+    "o2mkd-p50": "--students 4 --p 0.5",
+    "o2mkd-p100": "--students 4 --p 1 --inspect 0",
+    **{f"o2mkd-{kd}": f"--students 1 4 --kd {kd}" for kd in ("attention", "similarity", "contrastive")},
+    "o2mkd-none": "--students 1 4 --kd-weight 0",
+    "o2mkd-small": "--students 4 --scheme small",
+    "o2mkd-large": "--students 4 --scheme large",
     "o2mkd-fork": f"{FORK} 2e-3",
     "o2mkd-fork50": f"{FORK} 2e-3 --p 0.5",
-    "o2mkd-same": "o2mkd.py --students 1 4 8 --keep 1",
-    "o2mkd-keep70": "o2mkd.py --students 1 4 --keep 0.7",
-    "o2mkd-2x2": "o2mkd.py --students 4 --ranges 2",
-    "o2mkd-4x1": "o2mkd.py --students 4 --ranges 1",
-    "o2mkd-4x2": "o2mkd.py --students 8 --ranges 2",
-    "o2mkd-fashion": "o2mkd.py --dataset fashion-mnist --students 1 4",
+    "o2mkd-same": "--students 1 4 8 --keep 1",
+    "o2mkd-keep70": "--students 1 4 --keep 0.7",
+    "o2mkd-2x2": "--students 4 --ranges 2",
+    "o2mkd-4x1": "--students 4 --ranges 1",
+    "o2mkd-4x2": "--students 8 --ranges 2",
+    "o2mkd-fashion": "--dataset fashion-mnist --students 1 4",
     "o2mkd-fashion-fork": f"{FORK} 1e-3 --dataset fashion-mnist",
 }
 UNTAGGED = ("dm", "adm", "fashion", "o2mkd", "o2mkd+", "o2mkd-fashion")    # adm, o2mkd+: more of the same students
 FEWER = {"cd": 2, "S": 3, "XS": 3, "XXS": 3, "prompts-random": 3, "prompts-kmeans": 3, "prompts-quadrant": 3}  # seeds
-AFTER = {"adm": "dm", "continued": "dm", "XS-post": "adm", "o2mkd+": "o2mkd", "o2mkd-fork": "o2mkd",      # starts from
-         "o2mkd-fork50": "o2mkd", "o2mkd-fashion-fork": "o2mkd-fashion"}
+AFTER = {                                  # whose students a run starts from, or adds to
+    "adm": ("dm",), "continued": ("dm",), "XS-post": ("dm", "adm"), "o2mkd+": ("o2mkd",), "o2mkd-fork": ("o2mkd",),
+    "o2mkd-fork50": ("o2mkd",), "o2mkd-fashion-fork": ("o2mkd-fashion",),
+}
 
 
 def last_stage(run: str) -> str:
     """The stage that a run ends with."""
-    if RUNS[run].startswith("o2mkd.py"):
-        return "o2mkd"
     words = RUNS[run].split()
+    if run.startswith("o2mkd"):
+        return "o2mkd"
     return words[words.index("--stages") + 1].split(",")[-1] if "--stages" in words else "dm"
 
 
@@ -133,13 +135,13 @@ CLAIMS = {c.id: c for c in (
     claim("fig4", "more students, better one-step quality (DM, F_DM)", "FID, K = 1, 2, 4, 8: 2.60, 2.49, 2.37, 2.32",
         "K = #: dm 1 2 4 8", each(BY_K, "K")),
     claim("fig5", "more students, better quality, with consistency distillation too", "l1 falls with K (Fig. 5)",
-        "K = #: cd 1 2 4 8", each(BY_K, "K"), curve="cd"),
+        "K = #: cd 1 2 4 8", each(BY_K, "K"), curves=True),
     claim("batch", "better even at the same effective batch", "FID: 4 x 32: 2.53, 1 x 128: 2.60",
         "1 x 128: dm 1; 4 x 32: batch32 4; 8 x 16: batch16 8; 4 x 128: dm 4; 4 x 32, own pairs: batch32-own 4;"
         "1 x 128, 12 000 updates: steps12000 1; 4 x 32, 12 000 updates: batch32-long 4;"
         "1 x 128, XXS, 6 000 updates: batch128-XXS 1; 4 x 32, XXS, 6 000 updates: batch32-XXS 4",
         "4 x 32 below 1 x 128; 8 x 16 below 1 x 128; 4 x 32, own pairs below 1 x 128;"
-        + each("4 x 32, {0} updates below 1 x 128, {0} updates", "12 000", "XXS, 6 000"), curve="dm"),
+        + each("4 x 32, {0} updates below 1 x 128, {0} updates", "12 000", "XXS, 6 000"), curves=True),
     claim("split", "consecutive and k-means both better than random", "FID, K = 4: 2.37, 2.39, 2.45",
         "consecutive, K = #: dm 2 4; k-means, K = #: kmeans 2 4; random, K = #: random 2 4",
         each("consecutive, K = {0} below random, K = {0}; k-means, K = {0} below random, K = {0}", 2, 4)),
@@ -156,11 +158,11 @@ CLAIMS = {c.id: c for c in (
         each("{0} below {0}, own", 1000, 16000)),
     claim("reg", "regression (with its warm-up) or TTUR makes DM work; with neither it is worse (K = 2)",
         "Sec. I.2, no table", "regression: dm 2; TTUR 5: ttur 2; both: both 2; neither: neither 2",
-        "regression below neither; TTUR 5 below neither", curve="dm"),
+        "regression below neither; TTUR 5 below neither", curves=True),
     claim("methods",
         "DMD and DMD2 (without GAN) strike a good balance, CD is worse (K = 2, each with its preset's budget)",
         "FID and images seen: DMD 2.54, 130M; DMD2 2.61, 110M; CTM > 5, 3M",
-        "DMD: dm 2; DMD2: ttur 2; CD: cd 2", "DMD below CD; DMD2 below CD", curve="dm"),
+        "DMD: dm 2; DMD2: ttur 2; CD: cd 2", "DMD below CD; DMD2 below CD", curves=True),
     claim("adm", "ADM after DM improves on DM continued", "FID 2.37 -> 1.20",
         "DM, K = 8: dm 8; ADM, K = 8: adm 8; DM continued: continued 8", "ADM, K = 8 below DM continued", "l1_data"),
     claim("tsm",
@@ -229,14 +231,17 @@ CLAIMS = {c.id: c for c in (
              "N = 4, 37 {0} steps below N = 1, 37 {0} steps; N = 4, 37 {0} steps below teacher, 10 {0} steps",
              "heun", "ddim"), "l1_data", picture="curve-o2mkd"),
     claim("o2-stable", "relational distillation is the steadiest supervision: "
-        "coefficient of variation of a batch's loss (one student)", FIG9, LOSSES, "similarity below denoising; similarity below prediction", "variation",
+        "coefficient of variation of a batch's loss (one student)", FIG9,
+        LOSSES, "similarity below denoising; similarity below prediction", "variation",
         picture="losses-o2mkd-similarity"),
     claim("o2-fall", "both kinds of distillation fall clearly, the denoising loss does not: "
         "relative fall from the first twentieth of the training to the last (one student)",
         FIG9, LOSSES, "similarity above denoising; prediction above denoising", "fall",
         picture="losses-o2mkd-similarity"),
     claim("o2-why", "the teacher's feature distributions drift with sigma, gradually: Frechet distance of "
-        "the bottleneck's features, the largest between neighbouring levels of 21 below the mean of levels half the grid apart", "Fig. 1, no numbers", "largest step: o2mkd+/drift-neighbours 0; half the grid apart: o2mkd+/drift-far 0",
+        "the bottleneck's features, the largest between neighbouring levels of 21 below the mean of levels half the "
+        "grid apart", "Fig. 1, no numbers",
+        "largest step: o2mkd+/drift-neighbours 0; half the grid apart: o2mkd+/drift-far 0",
         "largest step below half the grid apart", "distance", picture="drift-o2mkd"),
     claim("o2-cost", "N students keep N times the weights, but a sample costs one student: "
         "multiply-adds of a sample in 79 evaluations", "CIFAR-10, a step: teacher 6.1 G, students 3.3 or 1.4 G, any N",

@@ -331,9 +331,9 @@ def table(results: dict) -> str:
         text += [[title, *cells]] if any(cells) else []
     wide = [max(map(len, column)) for column in text]
     out = ["  ".join(f"{cell:>{w}}" for cell, w in zip(line, wide)) for line in zip(*text)]
-    between = f"Two draws of the data (images: training and test): {results['floor_data']:.4f}."
-    note = f"Teacher to teacher: two draws of it. {between} Seeds: {len(results['seeds'])}. Train s: all students'."
-    return "\n".join([*out, (f"{m}: {results['title']}. " if m != results["title"] else "") + note])
+    out.append(f"{m}: {results['title']}. Teacher to teacher: two draws. Two draws of the data (of images: "
+               f"training, test): {results['floor_data']:.4f}. Seeds: {len(results['seeds'])}. Train s: all students.")
+    return "\n".join(out)
 
 
 def report(path: Path, results: dict, lines: list[str]) -> None:

@@ -400,7 +400,7 @@ def report(flags: Flags, inputs: dict, parts: dict, device) -> int:
         size=flags.student_size or flags.teacher.size or facts.sizes[0], classes_of_data=facts.classes,
         parameters=sum(p.numel() for p in net.parameters()), **more)
     path = Path(flags.run.out) / f"results{run.suffix(tag_of(flags))}.json"
-    evaluate.report(path, results, evaluate.verdicts_msd(results))
+    evaluate.report(path, results, evaluate.verdicts(results))
     return 0
 
 

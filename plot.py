@@ -7,11 +7,11 @@ With --compare TAG TAG …: variants side by side ("none": the one without a tag
 
 The one file that imports matplotlib. Every figure is made by `page`, whose layout keeps all text whole.
 """
+import argparse
 import csv
 import math
 import os
 import re
-import sys
 import textwrap
 from collections import defaultdict
 from pathlib import Path
@@ -35,17 +35,18 @@ plt.rcParams.update({"figure.dpi": 110, "savefig.dpi": 110, "axes.spines.top": F
 DENSITY = LinearSegmentedColormap.from_list("density", ["#ffffff", "#9ecae1", "#2171b5", "#08306b", "#000000"])
 GAP = LinearSegmentedColormap.from_list("gap", ["#ffffff", "#fdae6b", "#d94801", "#4a1486"])
 DARK, BLUE, ORANGE = "#08306b", "#2171b5", "#d94801"
-VIEW = {"xlim": (-0.65, 0.65), "ylim": (-0.65, 0.65), "aspect": "equal"}                        # of the toy's samples
+PLANE = {"xlabel": "$x_1$", "ylabel": "$x_2$", "aspect": "equal"}  # of the toy's samples
+VIEW = PLANE | {"xlim": (-0.65, 0.65), "ylim": (-0.65, 0.65)}
 
 
 class Whole(ConstrainedLayoutEngine):
     """Layout of every figure: no text is cut off or lies on another, however few or many panels there are.
 
-    matplotlib finds room for labels, legends and the height of titles, but lets a title run over the sides of its panel.
-    Here titles and axis labels are broken into lines as long as their panel, the figure's title as the figure."""
+    matplotlib finds room for labels, legends and the height of titles, but lets a title run over the sides of its
+    panel: here titles and axis labels are broken into lines as long as their panel."""
 
     def execute(self, fig):
-        for _ in range(4):                                          # more lines leave the panels less room
+        for _ in range(4):  # more lines leave the panels less room
             super().execute(fig)
             changed = [break_lines(text, 0.97 * fig.bbox.width) for text in fig.texts]
             for ax in fig.axes:
@@ -63,7 +64,7 @@ def break_lines(text, room: float) -> bool:
         return box.height if text.get_rotation() else box.width
 
     before, lines = text.get_text(), [""]
-    for word in re.findall(r"(?:\$[^$]*\$|\S)+", before):           # a formula is one word
+    for word in re.findall(r"(?:\$[^$]*\$|\S)+", before):  # a formula is one word
         longer = f"{lines[-1]} {word}".strip()
         if length(longer) <= room or not lines[-1]:
             lines[-1] = longer
@@ -75,12 +76,12 @@ def break_lines(text, room: float) -> bool:
     return text.get_text() != before or longest > room
 
 
-def page(columns: int, width: float, height: float, pictures: bool = False, **more) -> tuple[plt.Figure, np.ndarray]:
+def page(columns: int, width: float, height: float, pictures=False, sharey=False):
     """A figure and its axes [columns], each `width` x `height` inches with its labels; pictures: no gaps between."""
-    size, layout = (columns * width, height), Whole(compress=pictures)
-    fig, axes = plt.subplots(1, columns, figsize=size, layout=layout, squeeze=False, **more)
+    layout = Whole(compress=pictures)
+    fig, axes = plt.subplots(1, columns, figsize=(columns * width, height), layout=layout, sharey=sharey, squeeze=False)
     for ax in axes[0]:
-        ax.locator_params(axis="x", nbins=int(width))               # room for six digits
+        ax.locator_params(axis="x", nbins=int(width))  # room for six digits
     return fig, axes[0]
 
 
@@ -128,35 +129,34 @@ def beside(path: Path, document: Path) -> str:
     return os.path.relpath(path, document.parent)
 
 
-# --------------------------------------------------------------------------------------------------------------- curves
+# ---------------------------------------- curves
 
 def read_metrics(folder: Path) -> dict:
     """metrics.csv -> {name: {student: (steps, values)}}; of image students, the files of all student folders."""
     rows: dict = defaultdict(lambda: defaultdict(lambda: ([], [])))
     own = sorted(folder.glob("student[0-9]*/metrics.csv"))
     for path in own or [folder / "metrics.csv"]:
-        with open(path, newline="") as f:
-            for r in csv.DictReader(f):
-                if r["value"]:                                      # not a row that a full disk or a kill cut off
-                    steps, values = rows[r["name"]][path.parent.name if own else int(r["student"])]
-                    steps.append(int(r["step"]))
-                    values.append(float(r["value"]))
+        for r in csv.DictReader(path.read_text().splitlines()):
+            if r["value"]:  # else a full disk or a kill cut the row off
+                steps, values = rows[r["name"]][path.parent.name if own else int(r["student"])]
+                steps.append(int(r["step"]))
+                values.append(float(r["value"]))
     return rows
 
 
 def over_students(by_student: dict) -> tuple[np.ndarray, np.ndarray]:
     """Steps, and the mean over the students of one metric."""
-    at = defaultdict(list)                                          # a student may lack a step: no sample in that band
+    at = defaultdict(list)  # a student without samples in a band lacks a step
     for steps, values in by_student.values():
         for step, value in zip(steps, values):
             at[step].append(value)
     return np.array(sorted(at)), np.array([np.mean(at[step]) for step in sorted(at)])
 
 
-def curves(xlabel: str, shown: list, **more) -> tuple[plt.Figure, np.ndarray]:
+def curves(xlabel: str, shown: list, sharey: bool = False):
     """A panel for each (title, y axis, its scale, lines [(label, style, colour, (x, y))], dotted levels) with lines."""
     shown = [panel for panel in shown if panel[3]]
-    fig, axes = page(len(shown), max(4.8, 7.4 / len(shown)), 4, **more)
+    fig, axes = page(len(shown), max(4.8, 7.4 / len(shown)), 4, sharey=sharey)
     for ax, (title, ylabel, scale, lines, dotted) in zip(axes, shown):
         ax.set(title=title, xlabel=xlabel, ylabel=ylabel, yscale=scale)
         for label, style, colour, (x, y) in lines:
@@ -167,33 +167,33 @@ def curves(xlabel: str, shown: list, **more) -> tuple[plt.Figure, np.ndarray]:
     return fig, axes
 
 
-# of a stage's curves: title, y axis, its scale, metrics ("…, ": by noise level, of the largest K), dotted levels
+# curves of a stage: title, y axis, its scale, metrics ("…, ": of each noise level, for the largest K), dotted levels
 PANELS = {
     "dm": [("Gap that drives the KL term", r"mean $|\mu_{fake} - \mu_{real}|$", "log", ["gap"], []),
            ("Regression loss", "distance to $y$", "log", ["regression"], []),
            ("Fake denoiser's loss, largest K", "weighted loss", "linear", ["fake loss, "], [])],
     "cd": [("Consistency loss, largest K", "distance of neighbours", "log", ["consistency loss, "], [])],
-    "adm": [("Critic (dotted: chance)", "share that it gets right", "linear", ["right on real", "right on fake"], [0.5]),
+    "adm": [("Critic (dotted: chance)", "share it gets right", "linear", ["right on real", "right on fake"], [0.5]),
             ("GAN losses (dotted: an undecided critic's)", "softplus", "linear",
              ["GAN loss of G", "GAN loss of the critic"], [np.log(2), 2 * np.log(2)]),
             ("Push on a sample", "RMS gradient in x, weighted", "log", ["push of the DM term", "push of the GAN"], [])]}
 
 
 def training(folders: dict, stage: str, metric: str, ylabel: str) -> plt.Figure:
-    """[MSD Fig. 6]: a stage's curves of the first seed {K: folder}: a colour per K, means over its students."""
+    """[MSD Fig. 6]: a stage's curves {K: folder}: a colour per K, means over its students."""
     runs, shown = {K: read_metrics(folder) for K, folder in folders.items()}, []
+    largest = runs[max(runs)]
     distance = ("Distance of each student on its own classes", ylabel, "linear", [metric], [])
     for title, unit, scale, names, dotted in [distance, *PANELS[stage]]:
-        lines, last = [], runs[max(runs)]
+        lines = []
         for i, (K, metrics) in enumerate(runs.items()):
             for name, style in zip(names, ("-", "--")):
                 if name in metrics:
                     label = f"K = {K}" if len(names) == 1 else name if i == 0 else None
                     lines.append((label, style, shade(i, len(runs)), over_students(metrics[name])))
-        bands = [name for name in last if names[0].endswith(", ") and name.startswith(names[0])]
+        bands = [name for name in largest if names[0].endswith(", ") and name.startswith(names[0])]
         for i, name in enumerate(bands):
-            label = name.removeprefix(names[0])
-            lines.append((label, "-", shade(i, len(bands)), over_students(last[name])))
+            lines.append((name.split(", ")[1], "-", shade(i, len(bands)), over_students(largest[name])))
         shown.append((title, unit, scale, lines, dotted))
     return curves(f"generator updates of {stage.upper()}", shown)[0]
 
@@ -202,10 +202,10 @@ def losses(folder: Path, N: int) -> plt.Figure:
     """[O2MKD Fig. 9]: each loss of one student's training, relative to its first value; single batches."""
     lines = []
     for i, (name, of_student) in enumerate(read_metrics(folder).items()):
-        steps, value = next(iter(of_student.values()))              # a student that starts as the teacher begins at 0
+        steps, value = next(iter(of_student.values()))  # a student that starts as the teacher begins at 0
         lines.append((f"{name} loss", "-", shade(i, 3), (steps, np.array(value) / (value[0] or 1.0))))
-    title, ylabel = f"Losses of a student (N = {N}), first seed", "loss of the batch / that of the first"
-    return curves("updates", [(title, ylabel, "log", lines, [])])[0]
+    title = f"Losses of a student (N = {N}), first seed"
+    return curves("updates", [(title, "loss of the batch / that of the first", "log", lines, [])])[0]
 
 
 def teacher_error(e: dict) -> plt.Figure:
@@ -220,7 +220,7 @@ def teacher_error(e: dict) -> plt.Figure:
 
 def steps_curve(results: dict) -> plt.Figure:
     """[O2MKD Fig. 6]: distance to the data against the multiply-adds of a sample, for each sampler a line per N."""
-    m, cost, shown = f"{results['metric']}_data", results["cost"], []
+    cost, shown = results["cost"], []
     for sampler in ("heun", "ddim"):
         runs = {int(s.split("-")[1]): of_n for s, of_n in results["stages"].items() if s.startswith(f"{sampler}-")}
         lines = []
@@ -228,8 +228,9 @@ def steps_curve(results: dict) -> plt.Figure:
             each = cost[N]["multiply_adds"] / results["teacher"]["evaluations"] / 1e6
             steps = [n for n in sorted(runs) if N in runs[n]]
             x = [each * (2 * n - 1 if sampler == "heun" else n) for n in steps]
-            label, colour = ("teacher", ORANGE) if N == "0" else (f"N = {N}", shade(i, len(cost)))
-            lines.append((label, "-", colour, (x, [runs[n][N][m] for n in steps])))
+            y = [runs[n][N][f"{results['metric']}_data"] for n in steps]
+            label, colour = (f"N = {N}", shade(i, len(cost))) if int(N) else ("teacher", ORANGE)
+            lines.append((label, "-", colour, (x, y)))
         title = f"{sampler}; from left to right {', '.join(map(str, sorted(runs)))} steps"
         shown.append((title, f"{named(results)} to the data", "linear", lines, []))
     fig, axes = curves("million multiply-adds of a sample", shown, sharey=True)
@@ -245,17 +246,17 @@ def feature_drift(found: dict) -> plt.Figure:
     left.fill_between(sigma, q[:, 0], q[:, 4], color=BLUE, alpha=0.25, lw=0, label="1 to 99 %")
     left.fill_between(sigma, q[:, 1], q[:, 3], color=BLUE, alpha=0.5, lw=0, label="25 to 75 %")
     left.plot(sigma, q[:, 2], color=DARK, label="median")
-    left.set(xscale="log", xlabel=r"noise level $\sigma$", ylabel="activation", title="Range of the bottleneck's activations")
+    left.set(title="Activations of the bottleneck", xlabel=r"noise level $\sigma$", ylabel="activation", xscale="log")
     legend(left)
+    fig.colorbar(right.imshow(found["distance"], origin="lower"), ax=right)
     ticks = range(0, len(sigma), math.ceil(len(sigma) / 5))
     names = [f"{sigma[i]:.2g}" for i in ticks]
-    right.set(xlabel=r"$\sigma$", ylabel=r"$\sigma$", title="Fréchet distance of the features of two levels")
-    fig.colorbar(right.imshow(found["distance"], origin="lower"), ax=right)
-    right.set(xticks=ticks, xticklabels=names, yticks=ticks, yticklabels=names)
+    right.set(title="Fréchet distance of the features of two levels", xlabel=r"$\sigma$", ylabel=r"$\sigma$",
+              xticks=ticks, xticklabels=names, yticks=ticks, yticklabels=names)
     return fig
 
 
-# -------------------------------------------------------------------------------------------------------------- samples
+# ---------------------------------------- samples and distances
 
 def image_panels(panels: dict, columns: int) -> plt.Figure:
     """Panels of images side by side: {title: x [N, C, H, W] uint8}, `columns` images wide each."""
@@ -271,9 +272,8 @@ def image_panels(panels: dict, columns: int) -> plt.Figure:
 
 
 def side_by_side(home: Path, toy: bool, teacher: str, folders: dict, differences: bool = False) -> plt.Figure:
-    """[MSD Fig. 4, 9]: the first seed's samples, of the teacher, so titled, and of students {title: folder}.
-
-    Of the toy histograms, and how they differ from the teacher's; of images a row for each of the first 12 classes."""
+    """[MSD Fig. 4, 9]: samples of the teacher, so titled, and of students {title: folder}: of the toy histograms, and
+    how they differ from the teacher's; of images a row for each of the first 12 classes."""
     made = {title: run.load_tensors(folder / "samples.pt") for title, folder in folders.items()}
     sets = {teacher: run.load_shards(home / "reference", "report")} | {title: s["x"] for title, s in made.items()}
     if not toy:
@@ -282,18 +282,17 @@ def side_by_side(home: Path, toy: bool, teacher: str, folders: dict, differences
         return image_panels({title: images.to_uint8(x[pick]) for title, x in sets.items()}, 8)
     e, panels = toy_mog.EXTENT, []
     for title, x in sets.items():
-        panels.append((title, toy_mog.histogram(x)[:-1].numpy() / len(x), DENSITY))             # the last bin: outside
+        panels.append((title, toy_mog.histogram(x)[:-1].numpy() / len(x), DENSITY))  # the last bin: outside
     share = panels[0][1]
     for title, other, _ in panels[1:] if differences else ():
         panels.append((f"|difference|, {title.split(',')[0]}", np.abs(other - share), GAP))
     fig, axes = page(len(panels), 3.4, 4.2, pictures=True)
     for ax, (title, values, colours) in zip(axes, panels):
-        ax.imshow(values.reshape(toy_mog.BINS, -1).T ** 0.5, origin="lower", extent=(-e, e, -e, e), cmap=colours, vmin=0,
-                  vmax=np.quantile(share[share > 0], 0.98) ** 0.5, interpolation="nearest")
+        ax.imshow(values.reshape(toy_mog.BINS, -1).T ** 0.5, cmap=colours, vmin=0, extent=(-e, e, -e, e),
+                  vmax=np.quantile(share[share > 0], 0.98) ** 0.5, interpolation="nearest", origin="lower")
         ax.set(title=title, xticks=[], yticks=[], **VIEW)
         ax.spines[:].set_visible(True)
-    fig.suptitle(f"A 2-D mixture of 64 Gaussians (8 classes): histograms of {len(x):,} samples, colour = square root of "
-                 "share")
+    fig.suptitle(f"Mixture of 64 Gaussians, 8 classes: histograms of {len(x):,} samples; colour: square root of share")
     return fig
 
 
@@ -305,12 +304,12 @@ def by_student(folder: Path, K: int) -> plt.Figure:
     fig, (left, right) = page(2, 5.4, 4.8)
     shown = left.scatter(*x.T, s=1, c=student + 1, **colours)
     fig.colorbar(shown, ax=left, label="student", ticks=range(1, K + 1, math.ceil(K / 16)))
-    left.set(title="Who generates what", xlabel="$x_1$", ylabel="$x_2$", **VIEW)
+    left.set(title="Who generates what", **VIEW)
     right.scatter(*x[label == 0].T, s=2, c=student[label == 0] + 1, **colours)
     for m in toy_mog.means()[0].numpy():
         right.add_patch(plt.Circle(m, 4 * toy_mog.STD, fill=False, lw=0.8))
-    right.set(title="Class 0 close up; circles: 4 std of the data's Gaussians", xlabel="$x_1$", ylabel="$x_2$",
-              aspect="equal", xlim=(0.36, 0.64), ylim=(-0.14, 0.14))
+    right.set(title="Class 0 close up; circles: 4 std of the data's Gaussians", xlim=(0.36, 0.64), ylim=(-0.14, 0.14),
+              **PLANE)
     return fig
 
 
@@ -319,15 +318,13 @@ def scatter(arrays: dict, names: list[str]) -> plt.Figure:
     fig, axes = page(len(names), 4.8, 5, pictures=True)
     for ax, name in zip(axes, names):
         ax.scatter(*arrays[name].T, c=arrays["label"] % toy_mog.CLASSES, s=6, cmap="tab10", vmin=0, vmax=9)
-        ax.set(title=f"{name}, N = {len(arrays['label'])}, a colour per class", xlabel="$x_1$", ylabel="$x_2$", **VIEW)
+        ax.set(title=f"{name}, N = {len(arrays['label'])}, a colour per class", **VIEW)
     return fig
 
 
-# ------------------------------------------------------------------------------------------------------------ distances
-
 def bars(results: dict, rows: dict) -> plt.Figure:
-    """[MSD Table 1, 5]: distance against K, stages {stage: {K: row}} side by side, a dot per seed; to the data, but to
-    the teacher for the toy's DM or CD alone."""
+    """[MSD Table 1, 5]: distance against K, stages {stage: {K: row}} side by side: to the data, but of the toy's DM or
+    CD alone to the teacher."""
     m, toy, t = results["metric"], results["metric"] == "l1", results["teacher"]
     to, lines = "teacher", {"floor: two draws of the teacher": results.get("floor")}
     if not toy or list(rows) not in (["dm"], ["cd"]):
@@ -335,17 +332,16 @@ def bars(results: dict, rows: dict) -> plt.Figure:
         lines = {f"teacher, {t['evaluations']} evaluations": t[m], floor: results["floor_data"]}
     if m in (bound := results.get("bound", {})):
         lines[f"{bound['points']}-point Heun sampler"] = bound[m]
-    ks, width = sorted({int(K) for of_k in rows.values() for K in of_k}), 0.8 / len(rows)
+    ks, width = sorted(map(int, set().union(*rows.values()))), 0.8 / len(rows)
     fig, (ax,) = page(1, max(5.6, 1 + 0.6 * len(ks) * len(rows)), 4.4)
+    ax.plot([], [], "o", color=DARK, label="one seed")
     for j, (stage, of_k) in enumerate(rows.items()):
-        label = f"after {stage.upper()}, mean over seeds"
-        for K, row in of_k.items():
-            x, seeds = ks.index(int(K)) + (j - (len(rows) - 1) / 2) * width, [p[m] for p in row["per_seed"]]
-            ax.bar(x, row[m], 0.94 * width, color=("#c6dbef", "#6baed6", "#fdae6b")[j % 3], label=label)
-            ax.plot([x] * len(seeds), seeds, "o", color=DARK)
-            ax.annotate(short(row[m]), (x, 0), (0, 3), textcoords="offset points", ha="center", fontsize=8)
-            label = None
-    ax.lines[0].set_label("one seed")
+        x = [ks.index(int(K)) + (j - (len(rows) - 1) / 2) * width for K in of_k]
+        ax.bar(x, [row[m] for row in of_k.values()], 0.94 * width, color=("#c6dbef", "#6baed6", "#fdae6b")[j % 3],
+               label=f"after {stage.upper()}, mean over seeds")
+        for at, row in zip(x, of_k.values()):
+            ax.plot([at] * len(row["per_seed"]), [p[m] for p in row["per_seed"]], "o", color=DARK)
+            ax.annotate(short(row[m]), (at, 0), (0, 3), textcoords="offset points", ha="center", fontsize=8)
     levels(ax.axhline, lines)
     ax.set(xticks=range(len(ks)), xticklabels=ks, ylabel=f"{named(results)} to the {to}", ylim=(0, None),
            xlabel="number of students" + (f" of size {results['size']}" if "size" in results else " by noise level"))
@@ -360,20 +356,20 @@ def figure8(sets: dict) -> plt.Figure:
     fig, axes = page(len(names), 5.2, 4, sharey=True)
     for ax, stage in zip(axes, names):
         for i, (size, r) in enumerate(sets.items()):
-            m, rows = f"{r['metric']}_data", sorted(r["stages"].get(stage, {}).items(), key=lambda row: int(row[0]))
-            covered, seeds = [r["classes_of_data"] / int(K) for K, _ in rows], [row["per_seed"] for _, row in rows]
-            error = [np.std([p[m] for p in s], ddof=1) if len(s) > 1 else 0 for s in seeds]
-            ax.errorbar(covered, [row[m] for _, row in rows], error, marker="o", capsize=3, color=shade(i, len(sets)),
-                        label=f"{size}: {r['parameters']:,} parameters")
+            m, of_k = f"{r['metric']}_data", r["stages"].get(stage, {})
+            ks = sorted(of_k, key=int)
+            error = [of_k[K][f"{m}_sd"] or 0 for K in ks]
+            ax.errorbar([r["classes_of_data"] / int(K) for K in ks], [of_k[K][m] for K in ks], error, marker="o",
+                        capsize=3, color=shade(i, len(sets)), label=f"{size}: {r['parameters']:,} parameters")
         ax.axhline(r["teacher"][m], ls="--", color=ORANGE, lw=1, label="teacher")
         ax.set(title=f"after {stage.upper()}", xlabel="classes that a student covers")
         log2_axis(ax)
-    axes[0].set(ylabel=f"{named(r)} to the data", ylim=(0, None))
+    axes[0].set(ylabel=f"{named(r)} to the data", ylim=(0, 1.05 * axes[0].get_ylim()[1]))
     legend(axes[-1])
     return fig
 
 
-METRICS = {                                                         # of claims
+METRICS = {
     "l1": "$\\ell_1$ to the teacher's samples", "l1_data": "$\\ell_1$ to the data",
     "fd_data": "Fréchet distance to the data", "mode_min": "share of the emptiest mode (1 = fair)",
     "variation": "coefficient of variation of the loss", "fall": "relative fall of the loss",
@@ -386,85 +382,73 @@ def claim(name: str, text: str, numbers: dict, metric: str, lines: dict, curves:
     rows = {row: textwrap.fill(row, 40) for row in numbers}
     height = 2.3 + 0.2 * len(lines) + n * (0.16 + 0.16 * max(row.count("\n") + 1 for row in rows.values()))
     fig, axes = page(1 + bool(curves), 6.2, max(height, 4.0) if curves else height)
+    ax, right = axes[0], axes[-1]
     for i, (row, values) in enumerate(numbers.items()):
         v = np.array(values) / unit
-        axes[0].plot(v, [i] * len(v), "o", alpha=0.6, color=shade(i, n))
-        axes[0].plot([v.mean()] * 2, [i - 0.32, i + 0.32], color=shade(i, n), lw=2.5)
-        axes[0].annotate(short(v.mean()), (v.max(), i), (6, 0), textcoords="offset points", va="center", fontsize=8)
+        ax.plot(v, [i] * len(v), "o", alpha=0.6, color=shade(i, n))
+        ax.plot([v.mean()] * 2, [i - 0.32, i + 0.32], color=shade(i, n), lw=2.5)
+        ax.annotate(short(v.mean()), (v.max(), i), (6, 0), textcoords="offset points", va="center", fontsize=8)
         if row in curves:
-            axes[1].plot(curves[row][0] / 1000, curves[row][1], "-o", color=shade(i, n), label=rows[row])
-    levels(axes[0].axvline, {label: level / unit for label, level in lines.items()})
-    axes[0].margins(x=0.12)                                         # room for the last number
-    axes[0].set(yticks=range(n), yticklabels=rows.values(), ylim=(n - 0.4, -0.6),
-                xlabel=f"{METRICS.get(metric, metric)} (dot: one seed, bar: their mean)")
+            right.plot(curves[row][0] / 1000, curves[row][1], "-o", color=shade(i, n), label=rows[row])
+    levels(ax.axvline, {label: level / unit for label, level in lines.items()})
+    ax.margins(x=0.12)  # room for the last number
+    ax.set(yticks=range(n), yticklabels=rows.values(), ylim=(n - 0.4, -0.6),
+           xlabel=f"{METRICS.get(metric, metric)} (dot: one seed, bar: their mean)")
     if lines:
-        legend(axes[0], above=True)
+        legend(ax, above=True)
     if curves:
-        axes[1].set(yscale="log", xlabel="thousands of samples that a student has seen",
-                    ylabel="$\\ell_1$ on its own classes, first seed")
-        log2_axis(axes[1])
-        legend(axes[1])
+        right.set(yscale="log", ylabel="$\\ell_1$ on its own classes, first seed",
+                  xlabel="thousands of samples that a student has seen")
+        log2_axis(right)
+        legend(right)
     fig.suptitle(f"{name}: {text}", fontsize=10)
     return fig
 
 
-# ---------------------------------------------------------------------------------------------------------- the command
-
-def results_of(out: Path, tag: str) -> dict:
-    """The results of a tag: whatever cannot be a file's name has none."""
-    return run.load_json(out / f"results{run.suffix(tag)}.json", "seeds", "students", "stages", "metric")
-
+# ---------------------------------------- the command
 
 def compare(out: Path, tags: list[str]) -> plt.Figure:
-    """The largest K of several variants TAG or TAG/STAGE, the teacher first. UserError if they don't belong together."""
+    """The largest K of each TAG or TAG/STAGE, the teacher first. UserError if they don't belong together."""
     folders, homes = {}, set()
     for name in tags:
         tag, _, stage = name.partition("/")
         tag = "" if tag == "none" else tag
-        results = results_of(out, tag)
+        results = run.load_json(out / f"results{run.suffix(tag)}.json", "seeds", "stages")
         rows, home, m = results["stages"], out / f"seed{results['seeds'][0]}", f"{results['metric']}_data"
         stage = stage or list(rows)[-1]
         homes.add(home)
         if stage not in rows or len(homes) > 1:
-            raise UserError(f"--compare {name}: has no stage {stage}, or another first seed than {tags[0]}")
+            raise UserError(f"--compare {name}: no stage {stage}, or another first seed than {tags[0]}")
         K = max(rows[stage], key=int)
-        distance = f"{named(results)} to data {short(rows[stage][K]['per_seed'][0][m])}"
-        folders[f"{name}, K = {K}, {stage.upper()}: {distance}"] = home / f"students{K}{run.suffix(tag)}" / stage
+        title = f"{name}, K = {K}, {stage.upper()}: to data {short(rows[stage][K]['per_seed'][0][m])}"
+        folders[title] = home / f"students{K}{run.suffix(tag)}" / stage
     teacher = f"teacher: {named(results)} to data {short(results['teacher']['per_seed'][0][m])}"
     return side_by_side(home, m == "l1_data", teacher, folders)
 
 
-def sizes_of(out: Path) -> dict:
-    """{size: results} of the runs of several K that a run folder holds, smallest students first."""
-    found = []
-    for path in out.glob("results*.json"):
-        r = run.load_json(path)
-        if "size" in r and len(r["students"]) > 1 and path.stem in ("results", f"results-{r['size']}"):
-            found.append(r)
-    return {r["size"]: r for r in sorted(found, key=lambda r: r["parameters"])}
-
-
 def draw(out, tag: str = "") -> list[Path]:
-    """Draw every figure that the files of run folder `out` allow; returns their paths. UserError if there is no run."""
-    out, suffix, results = Path(out), run.suffix(tag), results_of(Path(out), tag)
+    """Draw every figure that the files of a run folder allow; returns their paths."""
+    out, suffix = Path(out), run.suffix(tag)  # a tag that cannot be part of a file's name has no results
+    results = run.load_json(out / f"results{suffix}.json", "seeds", "students", "stages", "metric")
     home, m, t, rows = out / f"seed{results['seeds'][0]}", results["metric"], results["teacher"], results["stages"]
-    toy, by_noise = m == "l1", "method" in results                  # by noise level: the tags are o2mkd and o2mkd-TAG
+    toy, by_noise = m == "l1", "method" in results  # by noise level: the tags are o2mkd and o2mkd-TAG
     ks, last = sorted(map(int, results["students"])), "o2mkd" if by_noise else list(rows)[-1]
 
     def folders(stage: str) -> dict:
         name = f"o2mkd{{}}{suffix.removeprefix('-o2mkd')}" if by_noise else f"students{{}}{suffix}/{stage}"
         return {K: home / name.format(K) for K in ks}
 
-    cost = f"{t['evaluations']} evaluations in turn" if by_noise else "one evaluation"
-    teacher, titles = f"teacher, {2 * results['steps'] - 1 if by_noise else t['evaluations']} evaluations", {}    # Heun's
-    if toy:
-        teacher += f"; two draws of it: $\\ell_1 = {t['per_seed'][0]['floor']:.3f}$"
+    cost, evaluations, titles = "one evaluation", t["evaluations"], {}
+    if by_noise:  # the teacher's kept samples are always Heun's
+        cost, evaluations = f"{evaluations} evaluations in turn", 2 * results["steps"] - 1
     for K in sorted({ks[0], ks[-1]}) if toy else ks:
         l1 = f"; to the teacher: $\\ell_1 = {results['students'][str(K)]['per_seed'][0]['l1']:.3f}$" if toy else ""
         titles[f"{K} student{'s' * (K > 1)}, {cost}{l1}"] = folders(last)[K]
-    figures = {"samples" if by_noise or not toy else "figure4": side_by_side(home, toy, teacher, titles, True),
-               "students" if by_noise else "l1" if toy else "fd": bars(results, {last: results["students"]})}
+    floor = f"; two draws of it: $\\ell_1 = {t['per_seed'][0]['floor']:.3f}$" if toy else ""
+    samples = side_by_side(home, toy, f"teacher, {evaluations} evaluations{floor}", titles, differences=True)
+    against_k = bars(results, {last: results["students"]})
     if by_noise:
+        figures = {"samples": samples, "students": against_k}
         first, drift = folders(last)[ks[0]] / ("" if toy else "student0"), home / "teacher" / "drift.json"
         if read_metrics(first):
             figures["losses"] = losses(first, ks[0])
@@ -473,32 +457,36 @@ def draw(out, tag: str = "") -> list[Path]:
         if any(stage.startswith("heun-") for stage in rows):
             figures["curve"] = steps_curve(results)
         return [save(fig, out / "figures" / f"{name}{suffix}.png") for name, fig in figures.items()]
+    figures = {"figure4": samples, "l1": against_k} if toy else {"samples": samples, "fd": against_k}
     if toy:
         figures["students"] = by_student(folders(last)[ks[-1]], ks[-1])
-    for stage in rows.keys() & PANELS.keys():
-        name, metric, to = ("gan", f"{m}_data", "data") if stage == "adm" else ("training", m, "teacher" if toy else "data")
-        figures[name] = training(folders(stage), stage, metric, f"{named(results)} to the {to}")
+    for stage in filter(rows.get, PANELS):
+        name, of, to = ("gan", f"{m}_data", "data") if stage == "adm" else ("training", m, "teacher" if toy else "data")
+        figures[name] = training(folders(stage), stage, of, f"{named(results)} to the {to}")
     if last not in ("dm", "cd"):
         figures["stages"] = bars(results, rows)
     if (error := home / "teacher" / "error.json").exists():
         figures["teacher"] = teacher_error(run.load_json(error, "sigma", "error"))
     figures = {f"{name}{suffix}": fig for name, fig in figures.items()}
-    if len(sizes := sizes_of(out)) > 1:
-        figures["figure8"] = figure8(sizes)
+    paths = [out / f"results{run.suffix(size)}.json" for size in ("XXS", "XS", "S", "B", "")]
+    sizes = [r for r in map(run.load_json, filter(Path.exists, paths)) if len(r["students"]) > 1]
+    if len(sizes) > 1:
+        figures["figure8"] = figure8({r["size"]: r for r in sizes})
     return [save(fig, out / "figures" / f"{name}.png") for name, fig in figures.items()]
 
 
 @command
 def main(argv=None):
-    """python plot.py RUN_FOLDER [TAG]; python plot.py RUN_FOLDER --compare TAG TAG …"""
-    argv = sys.argv[1:] if argv is None else argv
-    if len(argv) > 2 and argv[1] == "--compare":
-        path = Path(argv[0]) / "figures" / f"compare-{'-'.join(argv[2:]).replace('/', '-')}.png"
-        print(save(compare(Path(argv[0]), argv[2:]), path))
-    elif 1 <= len(argv) <= 2 and not argv[0].startswith("-"):
-        print("\n".join(map(str, draw(*argv))))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("tag", nargs="?", default="")
+    parser.add_argument("--compare", nargs="+", metavar="TAG")
+    given = parser.parse_args(argv)
+    if given.compare:
+        path = given.run / "figures" / f"compare-{'-'.join(given.compare).replace('/', '-')}.png"
+        print(save(compare(given.run, given.compare), path))
     else:
-        raise UserError(f"usage: {main.__doc__}, such as python plot.py runs/toy")
+        print("\n".join(map(str, draw(given.run, given.tag))))
 
 
 if __name__ == "__main__":

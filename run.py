@@ -170,15 +170,23 @@ def load_shards(folder: Path, name: str, number: int = 0) -> Tensor:
 
 def bar(iterable, name: str, total: int, quiet: bool = False):
     """A progress bar for work that is not a training loop."""
-    return tqdm(iterable, desc=name, total=total, disable=quiet or total == 0, mininterval=0.5, dynamic_ncols=True)
+    off = {"disable": True} if quiet or total == 0 else {}          # else as TQDM_DISABLE says
+    return tqdm(iterable, desc=name, total=total, mininterval=0.5, dynamic_ncols=True, **off)
 
 
 # ------------------------------------------------------------------------------------------------------------ folders
+
+HELD: set[str] = set()                     # folders that this process holds
+
 
 @contextlib.contextmanager
 def alone(folder: str, ranks: Ranks):
     """One job at a time makes what all jobs of a run folder share; a job that ends, however, frees the lock."""
     lock = None
+    if folder in HELD:
+        yield
+        return
+    HELD.add(folder)
     if ranks.rank == 0:
         Path(folder).mkdir(parents=True, exist_ok=True)
         lock = open(Path(folder) / ".lock", "w")
@@ -193,6 +201,7 @@ def alone(folder: str, ranks: Ranks):
     try:
         yield
     finally:
+        HELD.discard(folder)
         if lock:
             lock.close()
 
@@ -305,8 +314,9 @@ class Run:
                 old[s] = signal.signal(s, hold)
         except ValueError:                                          # not the main thread: leave the signals alone
             pass
+        off = {} if self.main else {"disable": True}                # else as TQDM_DISABLE says
         self.bar = tqdm(range(begin, self.length), initial=begin, total=self.length, desc=self.title, unit="step",
-                        disable=not self.main, mininterval=0.5, dynamic_ncols=True)
+                        mininterval=0.5, dynamic_ncols=True, **off)
         try:
             yield from self.bar
         finally:

@@ -1,7 +1,7 @@
-"""The ADM U-Net in the form that EDM trains for ImageNet-64: the teacher, the generators and the fake denoisers of images.
+"""The ADM U-Net in the form that EDM trains for ImageNet-64: teacher, generators and fake denoisers of images.
 
-F(x, c_noise, label) for images x [..., C, H, W]: an encoder and a decoder of residual blocks with skip connections between
-them, self-attention at the low resolutions, noise level and class entering every block as a scale and a shift.
+F(x, c_noise, label) for images x [..., C, H, W]: an encoder and a decoder of residual blocks with skip connections
+between them, self-attention at the low resolutions, noise level and class entering every block as a scale and a shift.
 
   architecture                         [Dhariwal and Nichol 2021, App. A], [EDM App. F.2, Table 7]     UNet, Block
   sizes B, S, XS, XXS                  [MSD Table 7]                                                   SIZES
@@ -9,12 +9,12 @@ them, self-attention at the low resolutions, noise level and class entering ever
 
 Not here: the preconditioning around it (edm.py), the toy's network (toy_mog.py), NVIDIA's weights for it (snapshot.py).
 
-Departures: the class embedding is a table of rows (nn.Embedding), not a matrix times a one-hot vector; queries, keys and
-values lie in three blocks, not interleaved; attention is PyTorch's fused one. snapshot.py translates. Dropout is 0: a
-teacher that is distilled does not use it.
+Departures: the class embedding is a table of rows (nn.Embedding), not a matrix times a one-hot vector; queries, keys
+and values lie in three blocks, not interleaved; attention is PyTorch's fused one. snapshot.py translates. Dropout is 0:
+a teacher that is distilled does not use it.
 
 Precision: master weights stay float32. On a GPU everything between the first and the last convolution runs in bfloat16
-(float16 diverges); `precision` says otherwise. Embeddings of noise level and class are computed in float32.
+(float16 diverges). Embeddings of noise level and class are computed in float32.
 """
 from typing import NamedTuple
 
@@ -31,14 +31,14 @@ class Size(NamedTuple):
     attention: tuple[int, ...] = (32, 16, 8)                        # resolutions with self-attention
 
 
-SIZES = {                                                           # [MSD Table 7]: 296, 173, 86 and 26 million parameters
+SIZES = {                                                           # [MSD Table 7]: 296, 173, 86, 26 million parameters
     "B": Size(192, (1, 2, 3, 4), 3),
     "S": Size(160, (1, 2, 2, 4), 3),
     "XS": Size(128, (1, 2, 2, 4), 2),
     "XXS": Size(96, (1, 2, 2, 2), 2),
 }
-LAPTOP = {                                                          # for 16 and 32 grey pixels on a CPU: ours; only B has 64 channels, a head of attention
-    "B": Size(16, (1, 2, 4), 1, (8, 4)),
+LAPTOP = {                                                          # for 16 and 32 grey pixels on a CPU: ours
+    "B": Size(16, (1, 2, 4), 1, (8, 4)),                            # it alone has 64 channels: a head of attention
     "S": Size(16, (1, 2, 2), 1, (8, 4)),
     "XS": Size(16, (1, 1, 2), 1, (8, 4)),
     "XXS": Size(16, (1, 1, 1), 1, (8, 4)),
@@ -79,9 +79,9 @@ def zeroed(layer: nn.Module) -> nn.Module:
 
 
 class Block(nn.Module):
-    """x + conv(norm * (1 + scale) + shift): a residual block [Dhariwal and Nichol 2021], then self-attention if heads > 0.
+    """x + conv(norm * (1 + scale) + shift): a residual block [Dhariwal and Nichol 2021], then self-attention.
 
-    scale and shift come from the embedding of noise level and class. resample: "up", "down" or None, before the block."""
+    scale and shift come from the embedding of noise level and class; resample: "up", "down" or None, before it."""
 
     def __init__(self, inside: int, outside: int, embed: int, attention: bool = False, resample: str | None = None):
         super().__init__()
@@ -92,7 +92,8 @@ class Block(nn.Module):
         self.norm1, self.conv1 = Norm(outside), zeroed(Conv(outside, outside, 3))
         self.skip = Conv(inside, outside, 1) if inside != outside else None
         if self.heads:
-            self.norm2, self.qkv, self.proj = Norm(outside), Conv(outside, 3 * outside, 1), zeroed(Conv(outside, outside, 1))
+            self.norm2, self.qkv = Norm(outside), Conv(outside, 3 * outside, 1)
+            self.proj = zeroed(Conv(outside, outside, 1))
 
     def forward(self, x: Tensor, embed: Tensor) -> Tensor:
         h = self.resampled(F.silu(self.norm0(x)))
@@ -110,16 +111,15 @@ class Block(nn.Module):
     def attend(self, x: Tensor) -> Tensor:
         """Self-attention over the pixels, heads of outside / heads channels."""
         qkv = self.qkv(x).flatten(2).unflatten(1, (3, self.heads, -1))                          # [B, 3, heads, ch, HW]
-        q, k, v = qkv.transpose(3, 4).contiguous().unbind(1)        # the fused kernels want channels last: else a slow one serves
-        return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(x.shape)         # q: [B, heads, HW, ch]
+        q, k, v = qkv.transpose(3, 4).contiguous().unbind(1)        # [B, heads, HW, ch], as fused kernels want it
+        return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(x.shape)
 
 
 class UNet(nn.Module):
-    """F(x, c_noise, label) -> [..., C, H, W], for x [..., C, H, W], c_noise [...] and label [...] (int64; None: no class).
+    """F(x, c_noise, label) -> [..., C, H, W], for x [..., C, H, W], c_noise [...], label [...] (int64; None: no class).
 
-    resolution: H = W; size: a name in `sizes`, or a Size. `features=True` also returns the encoder's last output
-    [..., *bottleneck], before the decoder: the bottleneck; "only": it alone, without the decoder. precision: dtype inside; None = bfloat16 on a GPU, else x's.
-    ValueError if the resolution does not halve often enough."""
+    resolution: H = W; size: a name in `sizes`, or a Size. features=True: also returns the bottleneck, the encoder's
+    last output [..., *bottleneck]; "only": it alone, without the decoder. ValueError if resolution does not halve."""
 
     def __init__(self, resolution: int, channels: int, classes: int, size: str | Size = "B", sizes: dict = SIZES):
         super().__init__()
@@ -127,7 +127,7 @@ class UNet(nn.Module):
         if resolution % 2 ** (len(size.mult) - 1):
             raise ValueError(f"resolution {resolution} does not halve {len(size.mult) - 1} times")
         self.resolution, self.channels, self.classes, self.size = resolution, channels, classes, size
-        self.precision: torch.dtype | None = None
+        self.precision: torch.dtype | None = None                   # inside; None: bfloat16 on a GPU, else that of x
         width, embed = size.width, 4 * size.width
         frequency = 10_000 ** (-torch.arange(width // 2, dtype=torch.float32) / (width // 2))
         self.register_buffer("frequency", frequency, persistent=False)

@@ -117,6 +117,27 @@ def measured(name: str, root: Path = ROOT) -> dict:
     return found
 
 
+def gone(config: dict) -> dict:
+    """A config.json without flags that are constants now, and without hashes of such configurations."""
+    sys.path.insert(0, str(ROOT))
+    import run
+    hashed = re.compile(r"^(.*/.*) [0-9a-f]{8}$")
+    return {k: hashed.sub(r"\1", v) if isinstance(v, str) else v for k, v in config.items() if k not in run.RETIRED}
+
+
+def differences(found: dict, kept: dict) -> list[str]:
+    """What is not as it was: weights, numbers, configurations; files that are new do not count."""
+    out = [f"{path}: other weights" for path, v in kept["weights"].items() if found["weights"].get(path) != v]
+    for path, old in kept["results"].items():
+        new = found["results"].get(path, {})
+        bad = [k for k, v in old.items() if not (new.get(k) == v or v != v and new.get(k) != new.get(k))]
+        out += [f"{path}: {len(bad)} of {len(old)} numbers, such as {k}: {old[k]} before, {new.get(k)} now" for k in bad[:1]]
+    for path, old in kept["configs"].items():
+        new, old = gone(found["configs"].get(path, {})), gone(old)
+        out += [f"{path}: {k}: {old.get(k)} before, {new.get(k)} now" for k in {*old, *new} if old.get(k) != new.get(k)]
+    return out
+
+
 def machine() -> str:
     """What the last digit depends on."""
     return f"torch {torch.__version__}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
@@ -132,4 +153,6 @@ if __name__ == "__main__":
         if "--write" in sys.argv:
             kept = {**kept, "machine": machine(), name: found}
             path.write_text(json.dumps(kept, indent=0, sort_keys=True) + "\n")
+        else:
+            print("\n".join(f"  {line}" for line in differences(found, kept[name])))
         print(f"{name}: {time.time() - begin:.0f} s, {len(found['weights'])} networks, {sum(map(len, found['results'].values()))} numbers", flush=True)

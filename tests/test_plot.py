@@ -1,4 +1,4 @@
-"""Pictures whole: every figure at its smallest and its largest, from files made here: all text on the page, none on another."""
+"""Pictures whole: every figure at its smallest and its largest, from files made here: no text cut off or on another."""
 import csv
 import json
 
@@ -16,8 +16,8 @@ BANDS = ("0 <= sigma < 0.01", "0.01 <= sigma < 0.1", "0.1 <= sigma < 1", "1 <= s
 CURVES = {
     "dm": ("{m}", "gap", "regression", *(f"fake loss, {band}" for band in BANDS)),
     "cd": ("{m}", *(f"consistency loss, {band}" for band in BANDS)),
-    "adm": ("{m}_data", "right on real", "right on fake", "GAN loss of G", "GAN loss of the critic", "push of the DM term",
-            "push of the GAN"),
+    "adm": ("{m}_data", "right on real", "right on fake", "GAN loss of G", "GAN loss of the critic",
+            "push of the DM term", "push of the GAN"),
     "post": ("regression",),
 }
 
@@ -65,12 +65,26 @@ def whole(found: dict, *names: str) -> None:
     assert not any(found.values()), {name: what[:6] for name, what in found.items() if what}
 
 
+def test_the_check_sees_what_is_wrong():
+    fig, axes = plot.plt.subplots(1, 2)
+    assert problems(fig) == []
+    axes[0].set_title("a title that is much wider than its panel")
+    axes[1].set_title("a title that is much wider than its panel")
+    fig.suptitle("a title that is much wider than its figure, " * 3)
+    axes[0].plot([0, 1], label="one")
+    axes[0].legend()
+    assert {problem.split()[0] for problem in problems(fig)} == {"cut", "a", "'a"}
+    plot.plt.close(fig)
+
+
 # ---------------------------------------------------------------------------------------------------------- run folders
 
 def row(value: float, m: str, seeds: int) -> dict:
     """What is measured of a set of students: distance m, distance to the data, per seed."""
-    per_seed = [{m: value * (1 + 0.02 * s), f"{m}_data": 0.9 * value * (1 + 0.02 * s), "floor": 0.054} for s in range(seeds)]
-    return {k: float(np.mean([p[k] for p in per_seed])) for k in per_seed[0]} | {"per_seed": per_seed}
+    values = [value * (1 + 0.02 * s) for s in range(seeds)]
+    per_seed = [{m: v, f"{m}_data": 0.9 * v, "floor": 0.054} for v in values]
+    means = {k: float(np.mean([p[k] for p in per_seed])) for k in per_seed[0]}
+    return means | {f"{m}_data_sd": 0.02 * value if seeds > 1 else None, "per_seed": per_seed}
 
 
 def write_metrics(folder, names, steps: int, students: int) -> None:
@@ -95,8 +109,8 @@ def samples(m: str, n: int, classes: int):
 def write_results(out, tag: str, results: dict, m: str, seeds: int) -> None:
     """results.json of a tag, and the teacher's samples."""
     name = {"l1": "l1", "fd": "FD (of a classifier's features)"}[m]
-    common = {"seeds": list(range(seeds)), "samples": 100_000, "metric": m, "title": name, "floor": 0.054, "floor_data": 0.051,
-              "teacher": {**row(0.1, m, seeds), "evaluations": 79}}
+    common = {"seeds": list(range(seeds)), "samples": 100_000, "metric": m, "title": name, "floor": 0.054,
+              "floor_data": 0.051, "teacher": {**row(0.1, m, seeds), "evaluations": 79}}
     reference = out / "seed0" / "reference"
     reference.mkdir(parents=True, exist_ok=True)
     torch.save({"y": samples(m, 1200, 10)[0]}, reference / "report-0000.pt")
@@ -107,8 +121,8 @@ def msd_run(out, ks, stages=("dm",), m="l1", seeds=1, tag="", steps=3000, classe
     """The run folder of msd.py with these K and stages; scale: of its distances."""
     rows = {stage: {str(K): row(scale * (0.25 - 0.02 * i - 0.03 * j), m, seeds) for i, K in enumerate(ks)}
             for j, stage in enumerate(stages)}
-    write_results(out, tag, {"stages": rows, "students": rows[stages[-1]], "classes_of_data": classes, "parameters": 24_162,
-                             "size": tag or "B", **more}, m, seeds)
+    results = {"stages": rows, "students": rows[stages[-1]], "classes_of_data": classes, "parameters": 24_162}
+    write_results(out, tag, {**results, "size": tag or "B", **more}, m, seeds)
     x, label = samples(m, 1200, classes)
     for K in ks:
         for stage in stages:
@@ -129,7 +143,8 @@ def o2mkd_run(out, ns, m="l1", seeds=1, tag="o2mkd", curve=(), levels=21):
         for sampler in ("heun", "ddim"):
             rows[f"{sampler}-{n}"] = {str(N): row(0.4 / n ** 0.5 + 0.001 * N, m, seeds) for N in (0, *ns)}
     cost = {str(N): {"multiply_adds": 1.9e6 if N == 0 else 0.5e6} for N in (0, *ns)}
-    write_results(out, tag, {"method": "o2mkd", "steps": 40, "cost": cost, "stages": rows, "students": rows["o2mkd"]}, m, seeds)
+    results = {"method": "o2mkd", "steps": 40, "cost": cost, "stages": rows, "students": rows["o2mkd"]}
+    write_results(out, tag, results, m, seeds)
     x, label = samples(m, 1200, 10)
     for N in ns:
         folder = out / "seed0" / f"o2mkd{N}{tag.removeprefix('o2mkd')}"
@@ -169,8 +184,8 @@ def test_msd(tmp_path, drawn, ks, stages, more, names):
     whole(drawn, *names)
 
 
-@pytest.mark.parametrize("sizes, ks, stages", [(("B", "XXS"), (1, 2), ("dm",)),
-                                               (("B", "S", "XS", "XXS"), (1, 2, 3, 4, 5, 6, 7, 8), ("dm", "adm", "post"))])
+@pytest.mark.parametrize("sizes, ks, stages", [
+    (("B", "XXS"), (1, 2), ("dm",)), (("B", "S", "XS", "XXS"), (1, 2, 3, 4, 5, 6, 7, 8), ("dm", "adm", "post"))])
 def test_figure8(tmp_path, drawn, sizes, ks, stages):
     for i, size in enumerate(sizes):
         msd_run(tmp_path, ks, stages, tag="" if size == "B" else size, scale=1 + 0.3 * i)
@@ -231,8 +246,8 @@ def test_samples(tmp_path, drawn):
     for n, columns, panels in ((1, 1, 1), (4, 2, 3), (64, 8, 2), (400, 20, 1), (60, 5, 12)):
         images = {f"{i} students, 79 evaluations in turn": samples("fd", n, 10)[0] for i in range(panels)}
         plot.save(plot.image_panels(images, columns), tmp_path / f"images{n}.png")
-    whole(drawn, "scatter1-1", "scatter1-3", "scatter300-1", "scatter300-3", "images1", "images4", "images64", "images400",
-          "images60")
+    whole(drawn, "scatter1-1", "scatter1-3", "scatter300-1", "scatter300-3",
+          "images1", "images4", "images64", "images400", "images60")
 
 
 # ---------------------------------------------------------------------------------------------------------- the numbers
@@ -256,12 +271,14 @@ def test_files_are_written(tmp_path):
 
 
 @pytest.mark.parametrize("argv, words", [
-    ([], "usage"), (["{out}/none"], "msd.py"), (["{out}", "XL"], "results-XS.json"), (["{out}", "../XS"], "results-XS.json"),
-    (["{out}", "--compare", "none", "XL/dm"], "results-XS.json"), (["{out}", "--compare", "none/adm"], "no stage adm"),
-    (["{out}", "--compare", "none", "XS"], "another first seed"), (["{out}", "XS"], "are gone")])
+    ([], "run"), (["{out}/none"], "results.json"), (["{out}", "XL"], "results-XL.json"),
+    (["{out}", "../XS"], "results-../XS.json"), (["{out}", "--compare", "none", "XL/dm"], "results-XL.json"),
+    (["{out}", "--compare", "none/adm"], "no stage adm"),
+    (["{out}", "--compare", "none", "XS"], "another first seed"), (["{out}", "XS"], "report")])
 def test_refused(tmp_path, capsys, argv, words):
     msd_run(tmp_path, (1,))
-    write_results(tmp_path, "XS", {"students": {"1": row(0.2, "l1", 1)}, "stages": {"dm": {"1": row(0.2, "l1", 1)}}, "seeds": [1]}, "l1", 1)
-    with pytest.raises(SystemExit):
+    rows = {"1": row(0.2, "l1", 1)}
+    write_results(tmp_path, "XS", {"students": rows, "stages": {"dm": rows}, "seeds": [1]}, "l1", 1)
+    with pytest.raises(SystemExit) as stop:
         plot.main([word.format(out=tmp_path) for word in argv])
-    assert words in capsys.readouterr().err
+    assert stop.value.code == 2 and words in capsys.readouterr().err
