@@ -44,7 +44,7 @@ from common import AdamW, Average, Batch, generator, learning_rate
 from edm import level
 from flags import Bins, flag
 
-NAME, BY = "adm", "data"                                              # what a student's best checkpoint is nearest to
+NAME, BY = "adm", "data"  # what a student's best checkpoint is nearest to
 USES = {name: f"dm.{name}" for name in ("beta1", "beta2", "decay", "warmup", "clip_norm", "ema", "dm_weight", "draws", "bins",
                                         "fake_bins", "normaliser", "select_samples", "eval_every")}
 USES |= {"adm_fake_warmup": "dm.fake_warmup", "real": "real"}
@@ -65,9 +65,9 @@ class Flags:
     gan_bins: Bins = flag(Bins(0, 100), "lowest and highest noise bin of what the head sees, of 1000", name="gan_bins")
 
 
-PAPER = dict(gan_weight=3e-3, critic_weight=1e-2, gan_bins=(0, 999), ttur=5)            # [MSD App. D.2.1]; TTUR, bins: DMD2
+PAPER = dict(gan_weight=3e-3, critic_weight=1e-2, gan_bins=(0, 999), ttur=5)  # [MSD App. D.2.1]; TTUR, bins: DMD2
 PRESETS = {
-    ("toy", "paper"): dict(PAPER, steps=100_000, lr=1e-7, fake_lr=1e-7),                 # the paper has no ADM on its toy
+    ("toy", "paper"): dict(PAPER, steps=100_000, lr=1e-7, fake_lr=1e-7),  # the paper has no ADM on its toy
     ("toy", "smoke"): dict(steps=9, batch=16),
     # ours, for 2 CPU cores
     ("fashion-mnist", "default"): dict(PAPER, steps=300, batch=64, lr=2e-4, fake_lr=1e-3, ttur=2),
@@ -84,7 +84,7 @@ PRESETS = {
 PRESETS |= {("imagenet64", "paper", *key[2:]): v for key, v in list(PRESETS.items()) if key[:2] == ("imagenet64", "default")}
 
 
-# ---------------------------------------------------------------------------------------------------------- the losses
+# ---------------------------------------------------------- the losses
 
 def generator_loss(logit: Tensor) -> Tensor:
     """softplus(-logit) [...] of generated samples: non-saturating; 0 where the head takes them for real [MSD App. I.3]."""
@@ -154,7 +154,7 @@ def noised(x: Tensor, batch: Batch, bins: Bins) -> tuple[Tensor, Tensor]:
     return x + edm.like(sigma, x) * batch.normal("noise"), sigma
 
 
-# ------------------------------------------------------------------------------------------------------------ training
+# ------------------------------------------------------------ training
 
 def length(flags) -> tuple[int, int]:
     """Updates of this stage, and its batch."""
@@ -244,6 +244,6 @@ def critic_metrics(fake_losses: Tensor, told_apart: Tensor | None, real: Tensor 
             "right on fake": (fake < 0).float()}
 
 
-if __name__ == "__main__":                               # this stage alone, one student for all classes
+if __name__ == "__main__":  # this stage alone, one student for all classes
     import msd
     raise SystemExit(msd.main(["--students", "1", "--stages", "adm", *__import__("sys").argv[1:]]))

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from flags import UserError
 
 
-# -------------------------------------------------------------------------------------------------------- randomness
+# ---------------------------------------------------------- randomness
 
 @dataclass(frozen=True)
 class Student:
@@ -33,7 +33,7 @@ class Student:
     K: int
     k: int
     classes: tuple[int, ...]
-    start: object = field(default=None, compare=False)   # what its next stage starts from: students.Start
+    start: object = field(default=None, compare=False)  # what its next stage starts from: students.Start
 
     def __str__(self):
         return f"student {self.k} of {self.K}, seed {self.seed}"
@@ -119,9 +119,9 @@ def latents(seeds, shape) -> Tensor:
     return torch.stack([torch.randn(shape, generator=generator("latent", int(s))) for s in seeds])
 
 
-# -------------------------------------------------------------------------------------------------------------- ranks
+# --------------------------------------------------------------- ranks
 
-PATIENCE = timedelta(days=30)              # ranks that have finished wait for others that train: not a sign of trouble
+PATIENCE = timedelta(days=30)  # ranks that have finished wait for others that train: not a sign of trouble
 
 
 class Ranks:
@@ -150,7 +150,7 @@ class Ranks:
 
     def add_gradients(self, net: torch.nn.Module) -> None:
         """Add up the gradients of all ranks (each already divided by the global batch)."""
-        if self.size > 1:                                           # nothing overlaps with the backward pass: readable first
+        if self.size > 1:  # nothing overlaps with the backward pass: readable first
             with _reached():
                 grads = [p.grad for p in net.parameters() if p.grad is not None]
                 for work in [dist.all_reduce(g, group=self.group, async_op=True) for g in grads]:
@@ -224,7 +224,7 @@ def leave(ranks: Ranks) -> None:
     if ranks.size > 1:
         ranks.wait()
         dist.destroy_process_group()
-        time.sleep(0.5)                                             # gloo's threads end badly if the process is gone before them
+        time.sleep(0.5)  # gloo's threads end badly if the process is gone before them
 
 
 def world(device: torch.device) -> Ranks:
@@ -237,7 +237,7 @@ def world(device: torch.device) -> Ranks:
     return Ranks(list(range(size)), dist.group.WORLD, device)
 
 
-# ------------------------------------------------------------------------------------------------------------ updates
+# ------------------------------------------------------------- updates
 
 def fingerprint(net: nn.Module) -> str:
     """A hash of every weight: equal before and after means frozen."""
@@ -266,13 +266,13 @@ def clip_gradients(net: nn.Module, max_norm: float, students: int) -> None:
     if not max_norm:
         return
     grads = [p.grad.view(students, -1) for p in net.parameters() if p.grad is not None]
-    norm = sum(g.square().sum(1) for g in grads).sqrt()                                         # [M]
+    norm = sum(g.square().sum(1) for g in grads).sqrt()  # [M]
     scale = (max_norm / (norm + 1e-12)).clamp(max=1)
     for g in grads:
         g.mul_(scale[:, None])
 
 
-WEIGHT_DECAY = 0.01                        # AdamW's own default, as in DMD; for every network
+WEIGHT_DECAY = 0.01  # AdamW's own default, as in DMD; for every network
 
 
 class AdamW:
@@ -331,10 +331,10 @@ class Average:
     @torch.no_grad()
     def choose(self, run, step: int) -> None:
         """Copy into `best` the students whose distance is the lowest so far; log it."""
-        distance = self.select(self.now)                                                        # [M]
+        distance = self.select(self.now)  # [M]
         better = distance < self.record["distance"]
         self.record["distance"] = torch.where(better, distance, self.record["distance"])
         for b, e in zip(self.best.parameters(), self.now.parameters()):
-            chosen = better.to(b.device).reshape(-1, *[1] * (b.ndim - 1))                       # a stack of one: all or nothing
+            chosen = better.to(b.device).reshape(-1, *[1] * (b.ndim - 1))  # a stack of one: all or nothing
             b.copy_(torch.where(chosen, e, b))
         run.log(step, **{self.select.name: distance})

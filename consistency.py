@@ -39,7 +39,7 @@ from common import AdamW, Average, ema_update, learning_rate
 from dmd import regression_loss
 from flags import flag
 
-NAME, BY = "cd", "teacher"                                           # what a student's best checkpoint is nearest to
+NAME, BY = "cd", "teacher"  # what a student's best checkpoint is nearest to
 USES = {name: f"dm.{name}" for name in ("warmup", "clip_norm", "select_samples", "eval_every")}
 USES |= {"cd_distance": "dm.distance", "real": "real", "student_size": "student_size"}
 
@@ -79,7 +79,7 @@ PRESETS = {
 PRESETS["imagenet64", "paper"] = PRESETS["imagenet64", "default"]
 
 
-# ------------------------------------------------------------------------------------ the method: scalings, step, loss
+# ------------------------------------ the method: scalings, step, loss
 
 def boundary_scalings(sigma: Tensor, sigma_data: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
     """c_skip, c_out, c_in [...] with c_skip(sigma_min) = 1 and c_out(sigma_min) = 0, exactly [Song et al. 2023, App. C].
@@ -140,7 +140,7 @@ def draw_level(u: Tensor, law: Tensor, top: int) -> Tensor:
     return torch.searchsorted(law, u.to(law.dtype) * law[top - 1]).clamp(max=top - 1)
 
 
-# ------------------------------------------------------------------------------------------------------------ training
+# ------------------------------------------------------------ training
 
 def length(flags) -> tuple[int, int]:
     """Updates of this stage, and its batch."""
@@ -186,6 +186,6 @@ def train(run, flags, task) -> dict:
     return {"best.pt": average.best, "ema.pt": average.now}
 
 
-if __name__ == "__main__":                               # this stage alone, one student for all classes
+if __name__ == "__main__":  # this stage alone, one student for all classes
     import msd
     raise SystemExit(msd.main(["--students", "1", "--stages", "cd", *__import__("sys").argv[1:]]))

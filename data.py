@@ -26,12 +26,12 @@ import unet
 from common import Draws, Ranks, Student, generator
 from flags import UserError
 
-Pair = tuple[Tensor, Tensor]                  # x [..., *shape] and label [...]
+Pair = tuple[Tensor, Tensor]  # x [..., *shape] and label [...]
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the rest of the code needs to know of a dataset before it sees any of it."""
+    """What is known of a dataset before any of it is seen."""
     name: str
     shape: tuple[int, ...]           # of one x
     classes: int                     # |Y|; of the dataset, never of a filtered part of it
@@ -101,7 +101,7 @@ def facts(name: str, resolution: int = 0) -> Facts:
 
 
 def stratified(batch: int, classes: int, device="cpu") -> Tensor:
-    """Labels [batch] in turn: 0, 1, …, classes - 1, 0, …: equal shares, as an evaluation wants them."""
+    """Labels [batch] in turn, 0, 1, …, classes - 1, 0, …: equal shares."""
     return torch.arange(batch, device=device) % classes
 
 
@@ -136,7 +136,7 @@ class Images:
 
     def __init__(self, x: Tensor, label: Tensor, flip: bool = False, test: Pair | None = None):
         self.x, self.label, self.flip, self.test = x, label, flip, test
-        self.orders, self.lock = {}, threading.Lock()               # the reader and the loop both ask for orders
+        self.orders, self.lock = {}, threading.Lock()  # the reader and the loop both ask for orders
         self.ahead, self.worker = {}, ThreadPoolExecutor(1)
 
     def order(self, student: Student, stage: str, epoch: int) -> Tensor:
@@ -165,12 +165,11 @@ class Images:
 
     def batch(self, draws: Draws, step: int, batch: int, part: slice = slice(None)) -> Pair:
         """x [M, b, C, H, W] in [-1, 1] and labels [M, b]; the next step's are read ahead."""
-        key = (draws.stage, tuple(draws.students), step, batch, part.start, part.stop)
-        ready = self.ahead.pop(key, None)
+        key = (draws.stage, tuple(draws.students), batch, part.start, part.stop)
+        ready = self.ahead.pop((step, key), None)
         x, label = ready.result() if ready else self._read(draws, step, batch, part)
-        after = (*key[:2], step + 1, *key[3:])
-        self.ahead = {k: v for k, v in self.ahead.items() if k[2] >= step}
-        self.ahead[after] = self.worker.submit(self._read, draws, step + 1, batch, part)
+        self.ahead = {(at, k): v for (at, k), v in self.ahead.items() if at >= step}
+        self.ahead[step + 1, key] = self.worker.submit(self._read, draws, step + 1, batch, part)
         x = images.to_float(x.to(draws.device))
         if self.flip:
             mirrored = draws.uniform(step, "flip", batch)[:, part, None, None, None] < 0.5

@@ -42,8 +42,8 @@ from common import AdamW, Average, Batch, learning_rate
 from edm import level
 from flags import Bins, UserError, flag
 
-NAME, BY = "dm", "teacher"                               # what a student's best checkpoint is nearest to
-USES = dict(sampler_steps="teacher.sampler_steps")       # what its result depends on beside its own flags
+NAME, BY = "dm", "teacher"  # what a student's best checkpoint is nearest to
+USES = dict(sampler_steps="teacher.sampler_steps")  # what its result depends on beside its own flags
 
 
 @dataclass
@@ -111,7 +111,7 @@ PRESETS = {
 PRESETS |= {("imagenet64", "paper", *key[2:]): v for key, v in list(PRESETS.items()) if key[:2] == ("imagenet64", "default")}
 
 
-# ---------------------------------------------------------------------------------------------------------- the losses
+# ---------------------------------------------------------- the losses
 
 def dm_gradient(x: Tensor, mu_real: Tensor, mu_fake: Tensor, sigma: Tensor, normaliser: str = "mean_abs",
                 clip: float | None = None, sigma_data: float = 0.5) -> Tensor:
@@ -121,9 +121,9 @@ def dm_gradient(x: Tensor, mu_real: Tensor, mu_fake: Tensor, sigma: Tensor, norm
     cancels. A step against it moves x towards mu_real and away from mu_fake. The paper's w_t = sigma^2 CS / ||mu_real - x||_1
     [MSD App. D.2.1] divides by the sample's mean |x - mu_real| (`mean_abs`); `c_out` divides by c_out(sigma) instead, so the
     gradient is in units of the network's output. `clip` bounds every coordinate. No gradient flows through it."""
-    if normaliser == "mean_abs":                                    # the floor: where x is already what mu_real says
+    if normaliser == "mean_abs":  # the floor: where x is already what mu_real says
         scale = edm.per_sample((x - mu_real).abs()).clamp(min=1e-5)
-    else:                                                           # c_out
+    else:  # c_out
         scale = sigma * sigma_data / (sigma ** 2 + sigma_data ** 2).sqrt()
     grad = (mu_fake - mu_real) / edm.like(scale, x)
     return (grad.clamp(-clip, clip) if clip else grad).detach()
@@ -136,7 +136,7 @@ def kl_gradient(x: Tensor, label: Tensor, sigma: Tensor, noise: Tensor, teacher,
     sigma [M, b, n], noise [M, b, n, *shape]: the same diffused x_t goes to both denoisers, with the sample's own label."""
     b, n = sigma.shape[1:]
     sigma, noise = sigma.flatten(1), noise.flatten(1, 2)
-    x, label = x.repeat_interleave(n, 1), label.repeat_interleave(n, 1)                         # [M, b n, *shape]
+    x, label = x.repeat_interleave(n, 1), label.repeat_interleave(n, 1)  # [M, b n, *shape]
     x_t = x + edm.like(sigma, x) * noise
     mu_real, fake = teacher(x_t, sigma, label), mu_fake(x_t, sigma, label)
     grad = dm_gradient(x, mu_real, fake, sigma, normaliser)
@@ -167,10 +167,10 @@ def lpips_distance(device, random_weights: bool = False):
 
     Returns distance(x, y) -> [...] for x, y [..., C, H, W] in [-1, 1]; grey images are repeated to three channels.
     UserError if VGG's weights are neither here nor can be fetched; random_weights: without them, for tests."""
-    import lpips                                                    # slow to import, and only here
+    import lpips  # slow to import, and only here
     try:
         net = lpips.LPIPS(net="vgg", pnet_rand=random_weights, verbose=False).to(device).requires_grad_(False).eval()
-    except Exception as error:                                      # urllib and torch raise several types
+    except Exception as error:  # urllib and torch raise several types
         where = Path(torch.hub.get_dir()) / "checkpoints" / "vgg16-397923af.pth"
         raise UserError(f"--distance lpips needs torchvision's VGG-16 weights and could not fetch them "
                                f"({type(error).__name__}): put vgg16-397923af.pth at {where}, or take --distance l2") from None
@@ -203,7 +203,7 @@ def in_strata(u: Tensor, low: int, high: int) -> Tensor:
     return (low + u * (high + 1 - low)).long().clamp(max=high)
 
 
-# ------------------------------------------------------------------------------------------------------------ training
+# ------------------------------------------------------------ training
 
 def length(flags) -> tuple[int, int]:
     """Updates of this stage, and its batch."""
@@ -223,7 +223,7 @@ def schedule(f: Flags, step: int) -> tuple[bool, float, float, int]:
     kl = step >= first
     begin, end = (first, f.steps) if kl else (0, first)
     rate = learning_rate(1.0, step - begin, end - begin, f.warmup, f.decay)
-    if f.fake_warmup > 0 and step + 1 == max(1, first) < f.steps:   # the head start
+    if f.fake_warmup > 0 and step + 1 == max(1, first) < f.steps:  # the head start
         return kl, rate * (f.lr if kl else f.reg_lr), f.fake_lr, f.fake_warmup
     return kl, rate * (f.lr if kl else f.reg_lr), f.fake_lr * rate, f.ttur if kl else 0
 
@@ -279,6 +279,6 @@ def train(run, flags, task) -> dict:
     return {"best.pt": average.best, "ema.pt": average.now}
 
 
-if __name__ == "__main__":                               # this stage alone, one student for all classes
+if __name__ == "__main__":  # this stage alone, one student for all classes
     import msd
     raise SystemExit(msd.main(["--students", "1", "--stages", "dm", *__import__("sys").argv[1:]]))

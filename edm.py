@@ -32,9 +32,9 @@ from common import AdamW, Average, Batch, learning_rate
 from flags import flag
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7
-PYTORCH_SEED = 67280421310721                            # its own default; a run's seed is added
-NAME, BY, USES = "teacher", "", {}                       # its group of flags; no best checkpoint is chosen; flags of others
-WARMUP = 100                                             # steps of rising learning rate: the teacher's, TSM's, O2MKD's
+PYTORCH_SEED = 67280421310721  # its own default; a run's seed is added
+NAME, BY, USES = "teacher", "", {}  # its group of flags; no best checkpoint is chosen; flags of others
+WARMUP = 100  # steps of rising learning rate: the teacher's, TSM's, O2MKD's
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Flags:
                               record=False)
 
 
-LAW = dict(P_mean=-1.2, P_std=1.2)                       # [EDM Table 1]
+LAW = dict(P_mean=-1.2, P_std=1.2)  # [EDM Table 1]
 PRESETS = {
     ("toy", "paper"): dict(steps=100_000, lr=1e-4, decay="constant", noise_law="bins", sampler_steps=256),
     ("toy", "smoke"): dict(steps=60, batch=64, sampler_steps=8),
@@ -79,7 +79,7 @@ PRESETS = {
 PRESETS["imagenet64", "paper"] = PRESETS["imagenet64", "default"]
 
 
-# -------------------------------------------------------------------------------------- preconditioning, noise, loss
+# ---------------------------------------- preconditioning, noise, loss
 
 def like(sigma: Tensor, x: Tensor) -> Tensor:
     """Reshape sigma [...] so that it broadcasts over x [..., *shape]: sigma.ndim is the number of leading dimensions."""
@@ -173,7 +173,7 @@ def by_band(losses: Tensor | None, sigma: Tensor | None, name: str, edges=(0.0, 
     return out
 
 
-# ------------------------------------------------------------------------------------------------------------ sampler
+# ------------------------------------------------------------- sampler
 
 @torch.no_grad()
 def heun(denoise, z: Tensor, label: Tensor | None, steps: int, *, S_churn: float = 0.0, S_min: float = 0.0,
@@ -196,9 +196,9 @@ def heun(denoise, z: Tensor, label: Tensor | None, steps: int, *, S_churn: float
         if gamma > 0:
             noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=wide)
             x = x + S_noise * math.sqrt(t_hat ** 2 - t[i] ** 2) * noise
-        d = (x - D(x, t_hat)) / t_hat                               # dx/dt of the probability-flow ODE
+        d = (x - D(x, t_hat)) / t_hat  # dx/dt of the probability-flow ODE
         x_next = x + (t[i + 1] - t_hat) * d
-        if t[i + 1] > 0 and order == 2:                             # the last step, to 0, stays Euler's
+        if t[i + 1] > 0 and order == 2:  # the last step, to 0, stays Euler's
             d_next = (x_next - D(x_next, t[i + 1])) / t[i + 1]
             x_next = x + (t[i + 1] - t_hat) * (d + d_next) / 2
         x = x_next
@@ -218,14 +218,14 @@ def evaluations(steps: int, sampler: str = "heun") -> int:
     return 2 * steps - 1 if sampler == "heun" else steps
 
 
-# ----------------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------ training
 
 def draw_sigma(batch: Batch, f: Flags) -> Tensor:
     """Noise levels [M, b] of the teacher's training: lognormal [EDM Table 1] or uniform over the bins."""
     if f.noise_law == "bins":
         return level(batch.integers("sigma", 0, 999))
     sigma = (f.P_mean + f.P_std * batch.normal("sigma", ())).exp()
-    return sigma.clamp(1e-4, 1e3)                                   # the weight 1 / sigma^2 of a stray draw stays bounded
+    return sigma.clamp(1e-4, 1e3)  # the weight 1 / sigma^2 of a stray draw stays bounded
 
 
 def dropped(batch: Batch, label: Tensor, share: float) -> list[tuple[slice, Tensor | None]]:
@@ -258,6 +258,6 @@ def train(run, flags, task) -> dict:
     return {"ema.pt": average.now}
 
 
-if __name__ == "__main__":                               # the teacher alone
+if __name__ == "__main__":  # the teacher alone
     import msd
     raise SystemExit(msd.main(["--stages", "teacher", *__import__("sys").argv[1:]]))

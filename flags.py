@@ -59,7 +59,7 @@ def command(main):
                 raise
             print(f"error: {line}", file=sys.stderr, flush=True)
             if torch.distributed.is_initialized():
-                os._exit(2)                              # the engine's threads, without their peers, would end as a crash
+                os._exit(2)  # the engine's threads, without their peers, would end as a crash
             raise SystemExit(2) from None
     return wrapped
 
@@ -116,7 +116,7 @@ def near(word: str, words) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message):                                       # one line instead of the usage text
+    def error(self, message):  # one line instead of the usage text
         unknown = message.removeprefix("unrecognized arguments: ").split()[0] if "unrecognized" in message else ""
         hint = near(unknown, self._option_string_actions) if unknown.startswith("-") else ""
         raise UserError(message + hint + " (--help lists every flag)")
@@ -131,7 +131,7 @@ def _kind(hint):
         return dict(type=int, nargs=2, metavar=("LOW", "HIGH"))
     if origin is list:
         return dict(type=inner[0], nargs="+", metavar=inner[0].__name__)
-    if origin is tuple:                                             # words in one argument: tsm,dm,adm
+    if origin is tuple:  # words in one argument: tsm,dm,adm
         return dict(type=lambda text: tuple(word.strip() for word in text.split(",")), metavar="word,word")
     return dict(type=hint, metavar=hint.__name__)
 
@@ -159,7 +159,7 @@ def parse(cls, presets: dict, argv=None, doc: str = ""):
     hints = typing.get_type_hints(cls)
     groups = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
     parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    table = {}                                                      # typed name: (group, field, type)
+    table = {}  # typed name: (group, field, type)
     for group, part in {"": cls, **groups}.items():
         heading = parser.add_argument_group((part.__doc__ or "").splitlines()[0])
         hint_of = typing.get_type_hints(part)

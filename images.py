@@ -1,13 +1,13 @@
 """Image files of every form -> uint8 images [N, C, H, W] and labels [N]. Skip this file on first reading.
 
   fashion-mnist    IDX files, .gz or not; 28 x 28 padded to 32, pooled to 16 (or --resolution 32)
-  cifar10          the binary version, torchvision's folder, or one of imagenet64's first two
+  cifar10          the binary version, torchvision's folder, or imagenet64's first two
   imagenet64       EDM's dataset_tool zip with dataset.json; class folders of images; the official downsampled batches
                    (npz) with map_clsloc.txt beside them: their labels are in another order
   fid.py           an npz of the ADM evaluator; a folder of PNG or JPEG; a students' folder of a run
 
-Archives and folders are decoded once, by all cores, into one array beside the run (OUT/data), then memory-mapped: a
-damaged image is found before training begins, and no workers are needed to keep a GPU fed.
+Archives and folders are decoded once into a memory-mapped array beside the run (OUT/data): a damaged image is found
+before training begins, and a GPU is fed without workers.
 """
 import contextlib
 import gzip
@@ -145,7 +145,7 @@ def _fitted(x: Tensor, label: Tensor, known, where) -> tuple[Tensor, Tensor]:
 
 
 def _tree(path: Path, known, cache: Path, split: str) -> tuple[Tensor, Tensor]:
-    """(x, label) of a zip, of class folders, or of npz batches; decoded into `cache`, unless that was done before."""
+    """(x, label) of a zip, class folders or npz batches; decoded into `cache`, unless that was done before."""
     target = cache / f"{known.name}-{split}.npy"
     notes = target.with_suffix(".json")
     held = [p.stat() for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file()]

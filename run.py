@@ -27,7 +27,7 @@ from tqdm import tqdm
 from common import Batch, Draws, Ranks, world
 from flags import UserError, flag
 
-NAMES = ("toy", "toy-prompts", "fashion-mnist", "cifar10", "imagenet64")       # data.DATASETS
+NAMES = ("toy", "toy-prompts", "fashion-mnist", "cifar10", "imagenet64")  # data.DATASETS
 # flags of earlier versions that are constants now: {name in config.json: the value that they are}; None: it does not matter
 RETIRED = {"weight_decay": 0.01, "fake": "net", "kde_points": None, "grad_clip": 0.0, "adm_fake": "restart", "adm_reg_weight": 0.0,
            "gan_clean": False, "post_of": "adm"}
@@ -68,7 +68,7 @@ PRESETS = {
     ("fashion-mnist", "smoke"): dict(out="runs/fashion-mnist", eval_samples=40, save_every=3),
     ("cifar10", "default"): dict(out="runs/cifar10", eval_samples=50_000, save_every=1000),
     ("cifar10", "smoke"): dict(out="runs/cifar10", eval_samples=20, save_every=2),
-    ("imagenet64", "default"): dict(out="runs/imagenet64", eval_samples=50_000, save_every=1000),     # [MSD App. E]
+    ("imagenet64", "default"): dict(out="runs/imagenet64", eval_samples=50_000, save_every=1000),  # [MSD App. E]
 }
 PRESETS["imagenet64", "paper"] = PRESETS["imagenet64", "default"]
 
@@ -84,7 +84,7 @@ def device(name: str) -> torch.device:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":                                              # torchrun: a GPU per rank
+    if name == "cuda":  # torchrun: a GPU per rank
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         torch.zeros(1, device=name)
@@ -100,7 +100,7 @@ def start(flags: Flags) -> Ranks:
     return world(device(flags.device))
 
 
-# -------------------------------------------------------------------------------------------------------------- files
+# --------------------------------------------------------------- files
 
 def _failed_write(path: Path, error: Exception) -> UserError:
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -117,7 +117,7 @@ def write_atomic(path: Path, write) -> None:
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:                        # torch.save turns a full disk into a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         if os.access(path.parent, os.W_OK):
             temporary.unlink(missing_ok=True)
         raise _failed_write(path, error) from None
@@ -150,7 +150,7 @@ def load_tensors(path: Path, mmap: bool = False):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except Exception as error:                                      # torch raises a dozen types for a damaged file
+    except Exception as error:  # torch raises a dozen types for a damaged file
         raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}): damaged or foreign; delete it and "
                         f"run the same command again, or give another file") from None
 
@@ -170,13 +170,13 @@ def load_shards(folder: Path, name: str, number: int = 0) -> Tensor:
 
 def bar(iterable, name: str, total: int, quiet: bool = False):
     """A progress bar for work that is not a training loop."""
-    off = {"disable": True} if quiet or total == 0 else {}          # else as TQDM_DISABLE says
+    off = {"disable": True} if quiet or total == 0 else {}  # else as TQDM_DISABLE says
     return tqdm(iterable, desc=name, total=total, mininterval=0.5, dynamic_ncols=True, **off)
 
 
-# ------------------------------------------------------------------------------------------------------------ folders
+# ------------------------------------------------------------- folders
 
-HELD: set[str] = set()                     # folders that this process holds
+HELD: set[str] = set()  # folders that this process holds
 
 
 @contextlib.contextmanager
@@ -195,7 +195,7 @@ def alone(folder: str, ranks: Ranks):
         except BlockingIOError:
             print(f"{folder}: another job is making what both need; waiting for it …", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:                                             # a file system without locks: start jobs in turn
+        except OSError:  # a file system without locks: start jobs in turn
             pass
     ranks.wait()
     try:
@@ -229,7 +229,7 @@ def saved_steps(folder: Path) -> dict[int, Path]:
         path = folder / name
         if path.exists():
             try:
-                steps[load_tensors(path, mmap=True)["step"]] = path                             # mapped: not read whole
+                steps[load_tensors(path, mmap=True)["step"]] = path  # mapped: not read whole
             except (UserError, KeyError, TypeError):
                 print(f"{path} is damaged: set aside as {name}.damaged, going on from the checkpoint before it",
                       file=sys.stderr)
@@ -255,7 +255,7 @@ def unfinished(folders: list[Path], results: tuple[str, ...], stacked: bool = Tr
     return list(groups.values())
 
 
-# ---------------------------------------------------------------------------------------------------- a stage's training
+# -------------------------------------------------- a stage's training
 
 def _map(tree, function):
     """`function` of every tensor that is no scalar, in dicts, lists and tuples."""
@@ -307,14 +307,14 @@ class Run:
             if self.stop:
                 raise KeyboardInterrupt
             self.stop = True
-            os.write(2, f"\n{self.title}: stopping after this step\n".encode())                 # print is not safe here
+            os.write(2, f"\n{self.title}: stopping after this step\n".encode())  # print is not safe here
         begin, old = self._resume(state), {}
         try:
             for s in (signal.SIGINT, signal.SIGTERM):
                 old[s] = signal.signal(s, hold)
-        except ValueError:                                          # not the main thread: leave the signals alone
+        except ValueError:  # not the main thread: leave the signals alone
             pass
-        off = {} if self.main else {"disable": True}                # else as TQDM_DISABLE says
+        off = {} if self.main else {"disable": True}  # else as TQDM_DISABLE says
         self.bar = tqdm(range(begin, self.length), initial=begin, total=self.length, desc=self.title, unit="step",
                         mininterval=0.5, dynamic_ncols=True, **off)
         try:
@@ -326,7 +326,7 @@ class Run:
 
     def _resume(self, state: dict) -> int:
         if not self.main:
-            self.ranks.wait()                                       # until the first rank has set damaged files aside
+            self.ranks.wait()  # until the first rank has set damaged files aside
         saved = [saved_steps(f) for f in self.folders]
         if self.main:
             self.ranks.wait()
@@ -391,7 +391,7 @@ class Run:
         if not (step % self.save_every == 0 or step == self.length or self.stop):
             return
         if step != self.last and self.main:
-            self._flush()                                           # rows first: those past a resumed step are dropped
+            self._flush()  # rows first: those past a resumed step are dropped
             trees = {k: p if isinstance(p, dict) else p.state_dict() for k, p in state.items()}
             for folder, rows in self.folders.items():
                 own = trees if len(self.folders) == 1 else _map(trees, lambda t: t[rows].clone())

@@ -68,8 +68,9 @@ def _read(path: Path) -> Snapshot:
         raise UserError(f"its recorded arguments describe no U-Net ({error})") from None
     least = 2 * sum(p.numel() for p in net.parameters())  # bytes, were the weights float16
     _compare([("length", os.path.getsize(path), range(least, 2 ** 62))])
-    modules, tensors = _flat(model)
-    _compare(_attributes(net, modules))
+    facts = _facts(net)
+    modules, tensors = _flat(model, {*dict(net.named_modules()), *facts, "map_augment"})
+    _compare(_attributes(facts, modules))
     _compare(_tensors(net, tensors))
     state = {}
     for name in net.state_dict():
@@ -148,13 +149,13 @@ class _Reader(pickle._Unpickler):
 
 def _load(path: Path) -> _Node:
     """The file's "ema"."""
-    with open(path, "rb") as file:
-        try:
+    try:
+        with open(path, "rb") as file:
             data = _Reader(file).load()
-        except UserError:
-            raise
-        except Exception as error:  # a damaged pickle fails in a dozen ways
-            raise UserError(f"no pickle, truncated or damaged ({type(error).__name__})") from None
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # a damaged pickle fails in a dozen ways
+        raise UserError(f"no pickle, truncated or damaged ({type(error).__name__})") from None
     ema = data.get("ema") if isinstance(data, dict) else None
     _compare([("ema is a network", isinstance(ema, _Node), True)])
     return ema
@@ -192,16 +193,15 @@ def _compare(rows) -> None:
             raise UserError(f"its {_said(path)} is {_said(there)}; only {wanted} can be loaded")
 
 
-def _flat(model: _Node) -> tuple[dict[str, _Node], dict[str, Tensor]]:
-    """{name: module}, {name: tensor}, named as in a state dict; a module met again counts as a tensor too much."""
-    modules, tensors, todo, seen = {}, {}, [("", model)], {id(model)}
+def _flat(model: _Node, places: set[str]) -> tuple[dict[str, _Node], dict[str, Tensor]]:
+    """{name: module}, {name: tensor}, named as in a state dict; a module elsewhere stays closed: a tensor too much."""
+    modules, tensors, todo = {}, {}, [("", model)]
     while todo:
         prefix, node = todo.pop()
         modules[prefix[:-1]] = node
         held = {**_part(node, "_parameters"), **_part(node, "_buffers")}
         for name, child in _part(node, "_modules").items():
-            if isinstance(child, _Node) and id(child) not in seen:
-                seen.add(id(child))
+            if prefix + name in places and isinstance(child, _Node):
                 todo.append((f"{prefix}{name}.", child))
             else:
                 held[name] = child
@@ -209,19 +209,24 @@ def _flat(model: _Node) -> tuple[dict[str, _Node], dict[str, Tensor]]:
     return modules, tensors
 
 
-def _attributes(net: unet.UNet, modules: dict[str, _Node]):
-    """Rows of what NVIDIA's modules must have to compute as ours do, and no shape tells; files may leave it out."""
-    wanted = {"map_noise": {"num_channels": net.size.width, "max_positions": 10_000, "endpoint": False}}
+def _facts(net: unet.UNet) -> dict[str, dict]:
+    """{module: {attribute: value}}: what NVIDIA's modules must have to compute as ours do, and no shape tells."""
+    facts = {"map_noise": {"num_channels": net.size.width, "max_positions": 10_000, "endpoint": False}}
     for name, ours in net.named_modules():
         if isinstance(ours, unet.Block):
-            wanted[name] = {"num_heads": ours.heads, "skip_scale": 1, "adaptive_scale": True}
+            facts[name] = {"num_heads": ours.heads, "skip_scale": 1, "adaptive_scale": True}
+            up, down = ours.resample == "up", ours.resample == "down"
             for conv in ("conv0", "skip"):  # both resample; `skip` even where it has no weights
-                wanted[f"{name}.{conv}"] = {"up": ours.resample == "up", "down": ours.resample == "down",
-                                            "fused_resample": False}
+                facts[f"{name}.{conv}"] = {"up": up, "down": down, "fused_resample": False}
         elif isinstance(ours, unet.Norm):
-            wanted[name] = {"num_groups": ours.num_groups, "eps": ours.eps}
-    for name, attributes in wanted.items():
-        for key, value in attributes.items() if name in modules else ():
+            facts[name] = {"num_groups": ours.num_groups, "eps": ours.eps}
+    return facts
+
+
+def _attributes(facts: dict[str, dict], modules: dict[str, _Node]):
+    """Rows of the modules' attributes; those that a file leaves out are as they should be."""
+    for name in sorted(facts.keys() & modules.keys()):
+        for key, value in facts[name].items():
             yield f"{name}.{key}", modules[name].state.get(key, value), value
 
 

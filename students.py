@@ -1,16 +1,10 @@
-"""Students, in general: what they start from, the folders they lie in, what a stage's loop is handed, and `distil`.
+"""Students, in general: what they start from, where they lie, what a stage's loop is handed, and `distil`.
 
-  Start, start_from, random_start, checkpoint    the weights that a stage begins with
-  Task                                           networks and data of one stack, for train(run, flags, task)
-  distil                                         one stage for all students: folders, stacks, ranks, saving
-  load_students                                  the students of a finished stage, to be sampled
-
-The toy's students of all K and all seeds train as one stack (one batched matmul a layer), images' students one by one, or
-on ranks of their own. A stage is a module: NAME, BY (which distance chooses its best checkpoint), USES, length, train.
-Not here: which classes they have (msd.py), teacher, pairs and references (teacher.py).
+The toy's students of all K and seeds train as one stack (one batched matmul a layer), images' students one by one, or on
+ranks of their own. A stage is a module: NAME, BY (the distance that chooses its best checkpoint), USES (flags of others that
+its result depends on), length, train. Not here: which classes a student has (msd.py), teacher and pairs (teacher.py).
 """
 import contextlib
-import dataclasses
 import functools
 import hashlib
 from dataclasses import dataclass, replace
@@ -33,49 +27,44 @@ from common import Draws, Ranks, Student
 from flags import UserError, settings, values
 from run import load_json, load_tensors, save_json, save_tensors
 
-ONE_STEP = ("post", "cd", "dm", "adm")                   # stages that leave generators; the last one there is, is served
+ONE_STEP = ("post", "cd", "dm", "adm")  # stages that leave generators; the last one there is, is served
 
 
-# ---------------------------------------------------------------------------------------------------- networks in files
+# --------------------------------------------------- networks in files
 
 @dataclass(frozen=True)
 class Network:
     """A checkpoint: a frozen stack, and what the file says about it."""
     D: edm.Precond
     facts: data.Facts
-    size: object                                                    # of its network: a name in facts.sizes, or its fields
-    parts: list | None                                              # the students' classes; None: a teacher
-    seconds: float = 0.0                                            # of training
+    size: object  # of a network: a name in facts.sizes, or its fields
+    parts: list | None  # the students' classes; None: a teacher
+    seconds: float = 0.0  # of training
 
 
 def load_network(path) -> Network:
-    """From a checkpoint of ours, or NVIDIA's EDM snapshot (.pkl). Never runs code from the file. UserError if it is none."""
+    """A checkpoint of ours, or NVIDIA's EDM snapshot (.pkl); no code of the file is run. UserError if it is none."""
     path = Path(path)
-    if path.suffix == ".pkl":
-        return _snapshot(path)
-    return _network(path, path.stat().st_mtime_ns if path.exists() else 0)
+    return _network(path, path.stat().st_mtime_ns)
 
 
-def _snapshot(path: Path) -> Network:
-    found = snapshot.read(path)
-    D = edm.Precond(unet.UNet(found.resolution, found.channels, found.classes, found.size), found.sigma_data)
-    D.net.load_state_dict(found.state)
-    shape = found.channels, found.resolution, found.resolution
-    same = [f for f in data.DATASETS.values() if (f.shape, f.classes) == (shape, found.classes)]
-    other = replace(data.DATASETS["imagenet64"], name=path.name, classes=found.classes, shape=shape)
-    return Network(D.requires_grad_(False), same[0] if same else other, tuple(found.size), None)
-
-
-@functools.lru_cache(maxsize=2)                                     # a stack's rows are asked for one after another
+@functools.lru_cache(maxsize=8)  # a stack's rows are asked for one after another; a GPU may not hold 64 students
 def _network(path: Path, changed: int) -> Network:
+    if path.suffix == ".pkl":
+        found = snapshot.read(path)
+        D = edm.Precond(unet.UNet(found.resolution, found.channels, found.classes, found.size), found.sigma_data)
+        D.net.load_state_dict(found.state)
+        facts = replace(data.DATASETS["imagenet64"], name=path.name, classes=found.classes,
+                        shape=(found.channels, found.resolution, found.resolution))
+        return Network(D.requires_grad_(False), facts, tuple(found.size), None)
     saved = load_tensors(path)
     try:
         facts, parts = data.facts(saved["dataset"], saved.get("resolution", 0)), saved.get("partition")
         D = edm.Precond(facts.net(len(parts or [0]), saved["size"]), facts.sigma_data, saved.get("sigma_min", 0.0))
         D.load_state_dict(saved["net"])
-        return Network(D.requires_grad_(False), facts, saved["size"], parts, saved.get("seconds", 0.0))
     except (KeyError, TypeError, RuntimeError, IndexError, AttributeError, ValueError):
         raise UserError(f"{path}: not a checkpoint of this code (teacher/ema.pt, students8/dm/best.pt …)") from None
+    return Network(D.requires_grad_(False), facts, saved["size"], parts, saved.get("seconds", 0.0))
 
 
 def rows_of(net: nn.Module, rows: slice, students: int) -> dict:
@@ -93,21 +82,21 @@ def stacked(nets: list[edm.Precond], size, facts: data.Facts, device) -> edm.Pre
 
 def one_of(network: Network, k: int) -> edm.Precond:
     """Student k of a stack, frozen, a stack of one."""
-    if network.parts is None or len(network.parts) == 1:
+    if len(network.parts or [0]) == 1:
         return network.D
-    D = edm.Precond(network.facts.net(1, network.size), network.D.sigma_data, network.D.sigma_min).requires_grad_(False)
+    D = edm.Precond(network.facts.net(1, network.size), network.D.sigma_data, network.D.sigma_min)
     D.load_state_dict(rows_of(network.D, slice(k, k + 1), len(network.parts)))
-    return D
+    return D.requires_grad_(False)
 
 
-# ------------------------------------------------------------------------------------------------------------- starts
+# -------------------------------------------------------------- starts
 
 @dataclass(frozen=True)
 class Start:
     """What one student's generator begins with."""
-    name: str                                                       # for config.json: teacher, random, or where and a hash
-    size: object                                                    # of its network
-    load: Callable                                                  # load() -> Precond, a stack of one
+    name: str  # for config.json: teacher, random, or where and a hash
+    size: object  # of its network
+    load: Callable  # load() -> Precond, a stack of one
 
 
 def random_start(facts: data.Facts, size, seed: int) -> Start:
@@ -120,29 +109,22 @@ def random_start(facts: data.Facts, size, seed: int) -> Start:
 
 
 def start_from(home: Path, file: str, k: int, classes: tuple[int, ...] = ()) -> Start:
-    """Student k of a stage's folder. UserError if it is not there, or is of other classes than these."""
+    """Student k of a stage's folder. UserError if it is of other classes than these; OSError if it is not there."""
     place = home / f"student{k}" if (home / f"student{k}").is_dir() else home
-    if not (place / file).exists():
-        raise UserError(f"{place}: no {file} to start from; train that stage first")
+    saved = load_tensors(place / file, mmap=True)  # mapped: not read whole for its size
     digest = hashlib.blake2b(repr(sorted(load_json(place / "config.json").items())).encode(), digest_size=4).hexdigest()
     row = k if place == home else 0
-    saved = load_tensors(place / file, mmap=True)                   # mapped: not read whole for its size
-    theirs = saved["partition"][row] if classes else ()
-    if sorted(theirs) != sorted(classes):
-        raise UserError(f"{home}: its student {k} has the classes {' '.join(map(str, theirs))}, this one "
-                        f"{' '.join(map(str, sorted(classes)))}; start from students of the same --partition")
+    if classes and sorted(saved["partition"][row]) != sorted(classes):
+        raise UserError(f"{home}: its student {k} has other classes; start from students of the same --partition")
     return Start(f"{home.parent.name}/{home.name} {digest}", saved["size"], lambda: one_of(load_network(place / file), row))
 
 
 def checkpoint(path: str, facts: data.Facts) -> Start:
     """--init PATH: a teacher's or a single student's checkpoint. UserError if it is of other data, or a stack of several."""
     found = load_network(path)
-    if (found.facts.shape, found.facts.classes) != (facts.shape, facts.classes):
-        raise UserError(f"--init {path}: made for {found.facts.name}, {list(found.facts.shape)}, {found.facts.classes} "
-                        f"classes; this run has {facts.name}, {list(facts.shape)}, {facts.classes} classes")
-    if found.parts and len(found.parts) > 1:
-        raise UserError(f"--init {path}: a stack of {len(found.parts)} students; one network is needed (--init dm goes on "
-                        f"with each of them)")
+    if (found.facts.shape, found.facts.classes) != (facts.shape, facts.classes) or len(found.parts or [0]) > 1:
+        raise UserError(f"--init {path}: {len(found.parts or [0])} network(s) of {found.facts.name}, {found.facts.shape}, "
+                        f"{found.facts.classes} classes; one of {facts.name}, {facts.shape}, {facts.classes} classes is needed")
     return Start(common.fingerprint(found.D), found.size, lambda: found.D)
 
 
@@ -150,42 +132,38 @@ def first_start(flags, s: Student, given) -> Student:
     """Student s at what its first stage starts from: --init, else the teacher's weights, for adm the dm stage.
 
     UserError if it is not there, or of another size."""
-    facts, first = given.facts, flags.order()[0]
-    size = flags.student_size or given.size
+    first, size = flags.order()[0], flags.student_size or given.size
     init = flags.init or {"tsm": "random", "adm": "dm" + run.suffix(tag_of(flags))}.get(
         first, "random" if first == "post" and flags.student_size else "teacher")
-    if init == "teacher":
-        return replace(s, start=Start("teacher", given.size, lambda: given.net))
-    if init == "random":
-        return replace(s, start=random_start(facts, size, s.seed))
     stage, _, tag = init.partition("-")
-    if Path(init).is_file():
-        start = checkpoint(init, facts)
+    if init == "teacher":
+        start = Start("teacher", given.size, lambda: given.net)
+    elif init == "random":
+        start = random_start(given.facts, size, s.seed)
     elif stage == "tsm":
         start = start_from(tsm_home(flags, s, size), "ema.pt", 0 if flags.tsm.common else s.k)
     elif stage in ONE_STEP:
         start = start_from(stage_folder(flags, s.seed, s.K, stage, tag), "best.pt", s.k, s.classes)
     else:
-        raise UserError(f"--init {init}: no such file, and none of teacher, random, tsm, dm, adm, post, cd (with -TAG)")
+        start = checkpoint(init, given.facts)
     if start.size != size:
-        raise UserError(f"--init {init}: students of size {start.size}, not {size}; give --student-size {start.size}, or "
-                        f"another --init")
+        raise UserError(f"--init {init}: of size {start.size}, but the students are of {size}; give another --student-size")
     return replace(s, start=start)
 
 
-# ------------------------------------------------------------------------------------------------------------ folders
+# ----------------------------------------------------------------- folders
 
 def tag_of(flags) -> str:
     """--tag; without one, smaller students, other partitions and methods have folders of their own."""
-    return flags.run.tag or "-".join(filter(None, [flags.student_size, split_name(flags.partition),
-                                                   *({"post", "cd"} & {flags.order()[-1]})]))
+    last = flags.order()[-1]
+    own = [flags.student_size, split_name(flags.partition), last if last in ("post", "cd") else ""]
+    return flags.run.tag or "-".join(filter(None, own))
 
 
 def split_name(how: str) -> str:
     """A partition as part of a tag: nothing for the paper's own, its name, or file-NAME."""
-    if how in ("consecutive", "random", "kmeans", "quadrant"):
-        return "" if how == "consecutive" else how
-    return "file-" + "".join(c for c in Path(how).stem if c.isalnum() or c in "_-")[:40]
+    known = {"consecutive": "", "random": "random", "kmeans": "kmeans", "quadrant": "quadrant"}
+    return known.get(how, "file-" + "".join(c for c in Path(how).stem if c.isalnum() or c in "_-")[:40])
 
 
 def stage_folder(flags, seed: int, K: int, stage: str, tag: str | None = None) -> Path:
@@ -234,7 +212,7 @@ def imitated(flags, s: Student) -> Start:
     return start_from(home, "best.pt", s.k, s.classes)
 
 
-# --------------------------------------------------------------------------------------------------- what a loop is handed
+# ----------------------------------------------- what a loop is handed
 
 class Selection:
     """select(G) -> [M]: the distance of each student's samples of its own classes from the reference's [MSD App. E].
@@ -255,8 +233,8 @@ class Selection:
         draws, n = Draws("select", self.of, self.ranks.device), self.samples
         label = torch.stack([c[torch.arange(n, device=c.device) % len(c)] for c in draws.classes])
         z, part = draws.normal(0, "z", n, *self.facts.shape), self.ranks.parts(n)[0]
-        chunks = zip(z[:, part].split(min(4096, self.facts.chunk), 1), label[:, part].split(min(4096, self.facts.chunk), 1))
-        x = torch.cat([dmd.one_step(G, a, b) for a, b in chunks], 1)
+        chunk = min(4096, self.facts.chunk)
+        x = torch.cat([dmd.one_step(G, a, b) for a, b in zip(z[:, part].split(chunk, 1), label[:, part].split(chunk, 1))], 1)
         x = self.ranks.gather(x.transpose(0, 1)).transpose(0, 1)
         own = [self.judge.statistics(x[i], label[i]) for i in range(len(x))]
         return torch.tensor([self.judge.distance(own[i], self.references[s.seed], s.classes) for i, s in enumerate(self.of)])
@@ -267,7 +245,7 @@ class Task:
 
     def __init__(self, stage, students: list[Student], shares: list, inputs: dict, flags, ranks: Ranks):
         self.flags, self.students, self.shares, self.inputs = flags, students, shares, inputs
-        self.given = [inputs[s.seed] for s in students]             # [M]: each student's teacher and data
+        self.given = [inputs[s.seed] for s in students]  # [M]: each student's teacher and data
         self.facts, self.device = self.given[0].facts, ranks.device
         if stage.BY:
             self.select = Selection(stage.BY, students, inputs, flags.dm.select_samples, ranks)
@@ -314,7 +292,8 @@ class Task:
     def _pairs(self) -> tuple[dict, Tensor]:
         """D_paired {"z", "y": [seeds, N, *shape], "label": [seeds, N]}, and each student's row of it, [M, 1]."""
         seeds = list(dict.fromkeys(s.seed for s in self.students))
-        tensors = {k: torch.cat([self.inputs[seed].pairs[k] for seed in seeds]) for k in ("z", "y", "label")}
+        of_seed = [self.inputs[seed].pairs for seed in seeds]
+        tensors = of_seed[0] if len(seeds) == 1 else {k: torch.cat([p[k] for p in of_seed]) for k in ("z", "y", "label")}
         return tensors, torch.tensor([[seeds.index(s.seed)] for s in self.students], device=self.device)
 
     def pairs(self, batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -322,7 +301,7 @@ class Task:
         tensors, row = self._pairs
         drawn = batch.integers("pair", 0, 2 ** 62 - 1)
         own = [D.pairs.to(drawn.device) for D in self.shares]
-        pick = torch.stack([index[p % len(index)] for index, p in zip(own, drawn)])             # [M, b]
+        pick = torch.stack([index[p % len(index)] for index, p in zip(own, drawn)])  # [M, b]
         z, y, label = (tensors[k][row, pick] for k in ("z", "y", "label"))
         return z, y.to(z.dtype), label
 
@@ -332,14 +311,14 @@ class Task:
         return self.given[0].real().batch(self.draws, at, batch.size, batch.part)
 
 
-# -------------------------------------------------------------------------------------------------------------- a stage
+# ------------------------------------------------------------- a stage
 
 class Data(NamedTuple):
     """D, or a student's share D_k = F(D, Y_k) of it. Indices only: the tensors are shared."""
-    pairs: Tensor                                                   # which of D_paired, the teacher's (z, y)
-    pair_label: Tensor                                              # the class of each of all pairs
-    real: Tensor                                                    # classes of D_real
-    conditions: Tensor                                              # C: classes that G is asked for
+    pairs: Tensor  # which of D_paired, the teacher's (z, y)
+    pair_label: Tensor  # the class of each of all pairs
+    real: Tensor  # classes of D_real
+    conditions: Tensor  # C: classes that G is asked for
 
 
 def whole(facts: data.Facts, pairs: int = 0, real: Tensor | None = None) -> Data:
@@ -357,12 +336,12 @@ def distil(stage, students: list[Student], shares: list, inputs: dict, flags, ra
     students of one K go to ranks of their own."""
     facts, files = inputs[students[0].seed].facts, ("best.pt", "ema.pt") if stage.BY else ("ema.pt",)
     trained = students
-    if stage is tsm:                                                # from random weights; of all, one network a seed
+    if stage is tsm:  # from random weights; of all, one network a seed
         size, whole = flags.student_size or inputs[students[0].seed].size, tuple(range(facts.classes))
         trained = [replace(s, start=random_start(facts, size, s.seed)) for s in students]
         if flags.tsm.common:
             trained = [replace(s, K=1, k=0, classes=whole) for s in trained]
-    sets: dict[Path, dict[Path, list]] = {}                         # {home: {folder: [(student, D_k)]}}
+    sets: dict[Path, dict[Path, list]] = {}  # {home: {folder: [(student, D_k)]}}
     for s, D in dict(zip(trained, shares)).items():
         place = home(stage, flags, s)
         folder = place if facts.stacked or stage is edm else place / f"student{s.k}"
@@ -375,7 +354,7 @@ def distil(stage, students: list[Student], shares: list, inputs: dict, flags, ra
         run.check_config(folder, {**config(stage, flags, s, inputs[s.seed]), **own})
         if run.finished(folder, files) and ranks.rank == 0:
             print(f"{folder}: already trained, reused")
-    shared = stage is tsm and flags.tsm.common                      # jobs of an array share it
+    shared = stage is tsm and flags.tsm.common  # jobs of an array share it
     with run.alone(flags.run.out, ranks) if shared else contextlib.nullcontext():
         todo = ranks.first(lambda: run.unfinished(list(folders), files, facts.stacked))
         if facts.stacked or stage is edm:
@@ -414,34 +393,27 @@ def _train(stage, folders: dict, inputs: dict, flags, ranks: Ranks) -> None:
             save_tensors(folder / file, {**about, "net": rows_of(D, rows, len(students))})
 
 
-# ------------------------------------------------------------------------------------------------ of a finished stage
+# ----------------------------------------------------------------- of a finished stage
 
 @dataclass
 class Students:
     """The K trained generators of one stage folder: a stack, or, of images, networks that are read when they are asked for."""
     facts: data.Facts
-    parts: list[Tensor]                                             # Y_1 … Y_K
+    parts: list[Tensor]  # Y_1 … Y_K
     stack: edm.Precond | None
     files: list[Path]
-    seconds: float                                                  # of training, all together
-    KEEP = 8                                                        # networks that a GPU may have to hold at once
-
-    def __post_init__(self):
-        self.device, self.loaded = torch.device("cpu"), {}
+    seconds: float  # of training, all together
+    device: str | torch.device = "cpu"
 
     def to(self, device) -> "Students":
-        self.device = torch.device(device)
+        self.device = device
         if self.stack is not None:
             self.stack.to(device)
         return self
 
     def __getitem__(self, k: int) -> edm.Precond:
         """Image student k, frozen."""
-        if k not in self.loaded:
-            if len(self.loaded) >= self.KEEP and self.device.type != "cpu":
-                self.loaded.pop(next(iter(self.loaded)))
-            self.loaded[k] = load_network(self.files[k]).D
-        return self.loaded[k].to(self.device)
+        return load_network(self.files[k]).D.to(self.device)
 
 
 def load_students(folder, file: str = "best.pt") -> Students:
@@ -452,16 +424,12 @@ def load_students(folder, file: str = "best.pt") -> Students:
     folder = next((folder / stage for stage in reversed(ONE_STEP) if list((folder / stage).glob(f"**/{file}"))), folder)
     own = sorted(folder.glob("student[0-9]*"), key=lambda p: int(p.name.removeprefix("student")))
     if not own:
-        if not (folder / file).exists():
-            raise UserError(f"{folder}: no students; give their folder, such as runs/toy/seed0/students8")
         found = load_network(folder / file)
-        return Students(found.facts, [torch.tensor(p) for p in found.parts], found.D, [], found.seconds)
+        return Students(found.facts, [torch.tensor(p) for p in found.parts or ()], found.D, [], found.seconds)
     about = [load_json(f / "config.json", "students", "student", "classes", "dataset") for f in own]
-    K = about[0]["students"]
-    missing = sorted(set(range(K)) - {a["student"] for a, f in zip(about, own) if (f / file).exists()})
+    missing = {*range(about[0]["students"])} - {a["student"] for a, f in zip(about, own) if (f / file).exists()}
     if missing:
-        raise UserError(f"{folder}: student {', '.join(map(str, missing))} of {K} is not trained yet; run that one first "
-                        f"(--student {missing[0]})")
-    facts = data.facts(about[0]["dataset"], about[0].get("resolution", 0))
+        raise UserError(f"{folder}: student {min(missing)} is not trained yet; run it first (--student {min(missing)})")
     seconds = sum(load_json(f / "done.json", "seconds")["seconds"] for f in own)
+    facts = data.facts(about[0]["dataset"], about[0].get("resolution", 0))
     return Students(facts, [torch.tensor(a["classes"]) for a in about], None, [f / file for f in own], seconds)

@@ -29,7 +29,7 @@ from common import Ranks, Student, generator
 from flags import UserError, values
 
 
-CONFLICTS = [              # (is it so?, what to say), for flags.check
+CONFLICTS = [  # (is it so?, what to say), for flags.check
     (lambda f: f.teacher.cfg != 1 and f.teacher.which == "train" and f.teacher.label_dropout == 0,
      "--cfg {f.teacher.cfg}: the teacher never learns to do without a class; give --label-dropout 0.1 too (a new teacher: "
      "another --out)"),
@@ -45,19 +45,19 @@ class Given:
     """What every student of a seed is handed."""
     seed: int
     facts: data.Facts
-    source: Callable                                                # source() -> the data, read when first asked for
-    lineage: dict                                                   # the flags that determine mu_teacher
-    exact: bool                                                     # is mu_teacher the closed form?
-    cfg: float                                                      # guidance scale
-    size: object = None                                             # of the teacher's network
-    net: edm.Precond | None = None                                  # its network, frozen, a stack of one
-    D: students.Data = None                                         # the paper's D: which pairs, real data and classes
-    real: Callable = None                                           # real() -> D_real: the data, or the teacher's samples
+    source: Callable  # source() -> the data, read when first asked for
+    lineage: dict  # the flags that determine mu_teacher
+    exact: bool  # is mu_teacher the closed form?
+    cfg: float  # guidance scale
+    size: object = None  # of the teacher's network
+    net: edm.Precond | None = None  # its network, frozen, a stack of one
+    D: students.Data = None  # the paper's D: which pairs, real data and classes
+    real: Callable = None  # real() -> D_real: the data, or the teacher's samples
     judge: evaluate.Judge = None
-    pairs: dict = field(default_factory=dict)                       # {"z", "y": [1, N, *shape], "label": [1, N]}
-    references: dict = field(default_factory=dict)                  # {"select", "report", "real", "real_select": statistics,
+    pairs: dict = field(default_factory=dict)  # {"z", "y": [1, N, *shape], "label": [1, N]}
+    references: dict = field(default_factory=dict)  # {"select", "report", "real", "real_select": statistics,
                                                                     # "floor", "floor_data": float}
-    ancestry: dict = field(default_factory=dict)                    # the flags that determine teacher, start and judge
+    ancestry: dict = field(default_factory=dict)  # the flags that determine teacher, start and judge
 
     def guided(self, D=None) -> Callable:
         """mu_teacher(x, sigma, label): of the networks D, or the closed form; with guidance
@@ -95,7 +95,7 @@ def prepare(flags, ranks: Ranks, students_by_class: bool = True) -> dict[int, Gi
     size = network.size if network else t.size or facts.sizes[0]
     given = {seed: Given(seed, facts, source, {**origin, "seed": seed}, exact, t.cfg, size, real=source)
              for seed in flags.run.all_seeds()}
-    with run.alone(flags.run.out, ranks):                           # jobs of an array share all this
+    with run.alone(flags.run.out, ranks):  # jobs of an array share all this
         if not facts.stacked:
             data.same_data(flags.run, source())
             _at_hand(flags, ranks, students_by_class)
@@ -103,7 +103,7 @@ def prepare(flags, ranks: Ranks, students_by_class: bool = True) -> dict[int, Gi
             g.net = network.D.to(ranks.device) if network else None
         if t.which == "train" or exact and students_by_class:
             _networks(flags, given, ranks)
-        if students_by_class and flags.order() == ("teacher",):
+        if students_by_class and flags.order() == ["teacher"]:
             return {}
         judge = evaluate.judge(flags.run, source, ranks)
         for g in given.values():
@@ -124,7 +124,7 @@ def prepare(flags, ranks: Ranks, students_by_class: bool = True) -> dict[int, Gi
     return given
 
 
-# ----------------------------------------------------------------------------------------------------------- networks
+# ------------------------------------------------------------ networks
 
 def _loaded(flags, facts: data.Facts) -> students.Network:
     """--teacher PATH. UserError if it is a student's, or of other data, or --cfg asks it what it has not learnt."""
@@ -180,7 +180,7 @@ def _weights_of_exact(flags) -> dict:
                                  flags.init]}
 
 
-# -------------------------------------------------------------------------------------------------- samples of the teacher
+# ---------------------------------------------- samples of the teacher
 
 def make_pairs(teacher, z: Tensor, label: Tensor, steps: int, chunk: int = 8192) -> Tensor:
     """y [..., N, *shape]: where the teacher's deterministic ODE takes each unit-variance latent z [MSD App. D.2.1].
@@ -234,14 +234,14 @@ def _references(flags, given: Given, ranks: Ranks) -> dict:
     out |= judge.truth(given.seed, number)
     if facts.stacked:
         return out | {"floor": judge.distance(out["select"], out["report"])}
-    if given.pairs:                                                 # two draws of equal size: the distance depends on it
+    if given.pairs:  # two draws of equal size: the distance depends on it
         n, label = min(flags.dm.pairs, number), given.pairs["label"][0].cpu()
         a, b = (judge.statistics(y[:n], label[:n]) for y in (given.pairs["y"][0].cpu(), drawn["report"]["y"][0]))
         out["floor"] = judge.distance(a, b)
-    return out | {"select": out["real"]}                            # images: choose by the data [MSD App. E]
+    return out | {"select": out["real"]}  # images: choose by the data [MSD App. E]
 
 
-# --------------------------------------------------------------------------------------- against the exact denoiser
+# ------------------------------------------ against the exact denoiser
 
 @torch.no_grad()
 def error_by_level(D, exact, levels: Tensor, facts: data.Facts, seed: int, points: int = 20_000) -> Tensor:

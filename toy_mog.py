@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-PROMPTS, PROMPT_SIZE = 32, 8               # toy-prompts: conditions, and the length of their embeddings
-CLASSES, MODES = 8, 8                      # classes on the outer circle, Gaussians on each inner circle
-OUTER, INNER, STD = 0.5, 0.1, 0.005        # radii of the two circles, std of one Gaussian
-EXTENT, BINS = 0.75, 200                   # the histogram covers [-EXTENT, EXTENT]^2 with BINS x BINS bins
+PROMPTS, PROMPT_SIZE = 32, 8  # toy-prompts: conditions, and the length of their embeddings
+CLASSES, MODES = 8, 8  # classes on the outer circle, Gaussians on each inner circle
+OUTER, INNER, STD = 0.5, 0.1, 0.005  # radii of the two circles, std of one Gaussian
+EXTENT, BINS = 0.75, 200  # the histogram covers [-EXTENT, EXTENT]^2 with BINS x BINS bins
 SIZES = {"B": (64, 2), "S": (40, 2), "XS": (24, 2), "XXS": (12, 2)}  # ToyNet's width and depth
 
 
@@ -36,9 +36,9 @@ def means(device=None, dtype=torch.float32) -> Tensor:
     """Centres of the Gaussians, [CLASSES, MODES, 2]."""
     c = 2 * math.pi * torch.arange(CLASSES, dtype=torch.float64) / CLASSES
     m = 2 * math.pi * torch.arange(MODES, dtype=torch.float64) / MODES
-    centre = OUTER * torch.stack([c.cos(), c.sin()], -1)                            # [C, 2]
-    ring = INNER * torch.stack([m.cos(), m.sin()], -1)                              # [M, 2]
-    return (centre[:, None] + ring).to(device=device, dtype=dtype)                  # [C, M, 2]
+    centre = OUTER * torch.stack([c.cos(), c.sin()], -1)  # [C, 2]
+    ring = INNER * torch.stack([m.cos(), m.sin()], -1)  # [M, 2]
+    return (centre[:, None] + ring).to(device=device, dtype=dtype)  # [C, M, 2]
 
 
 def sample(label: Tensor, generator: torch.Generator) -> Tensor:
@@ -53,9 +53,9 @@ def _log_components(x: Tensor, sigma: Tensor, label: Tensor | None) -> tuple[Ten
 
     M = MODES given a label, all 64 without one. Diffused by sigma, each Gaussian has variance STD^2 + sigma^2."""
     m = means(x.device, x.dtype)
-    m = m.flatten(0, 1) if label is None else m[label]                              # [64, 2] or [..., M, 2]
-    var = (STD ** 2 + sigma ** 2)[..., None]                                        # [..., 1]
-    square = (x[..., None, :] - m).square().sum(-1)                                 # [..., M]
+    m = m.flatten(0, 1) if label is None else m[label]  # [64, 2] or [..., M, 2]
+    var = (STD ** 2 + sigma ** 2)[..., None]  # [..., 1]
+    square = (x[..., None, :] - m).square().sum(-1)  # [..., M]
     return -square / (2 * var) - torch.log(2 * math.pi * var * m.shape[-2]), m
 
 
@@ -67,7 +67,7 @@ def log_density(x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor
 def denoiser(x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor:
     """The optimal denoiser E[x0 | x] [..., 2]: D*(x; sigma) = x + sigma^2 score [EDM Eq. 3]."""
     log_w, m = _log_components(x, sigma, label)
-    w_m = (log_w.softmax(-1)[..., None] * m).sum(-2)                                # posterior mean of the centres
+    w_m = (log_w.softmax(-1)[..., None] * m).sum(-2)  # posterior mean of the centres
     s2, n2 = STD ** 2, (sigma ** 2)[..., None]
     return (s2 * x + n2 * w_m) / (s2 + n2)
 
@@ -118,7 +118,7 @@ class ToyNet(nn.Module):
         g = torch.Generator().manual_seed(seed)
         waves, embed, octaves = 2 * width, width // 2, 8
 
-        def parameter(value: Tensor) -> nn.Parameter:               # every student starts from the same values
+        def parameter(value: Tensor) -> nn.Parameter:  # every student starts from the same values
             return nn.Parameter(value.repeat(students, *[1] * value.ndim))
 
         def normal(*shape: int, std: float) -> nn.Parameter:
@@ -126,14 +126,14 @@ class ToyNet(nn.Module):
 
         angle = 2 * math.pi * torch.rand(waves, generator=g)
         frequency = torch.logspace(math.log10(self.LOWEST), math.log10(self.HIGHEST), waves)
-        self.register_buffer("frequency", frequency, persistent=False)                          # [waves], |w| at the start
+        self.register_buffer("frequency", frequency, persistent=False)  # [waves], |w| at the start
         self.register_buffer("octaves", math.pi / 16 * 2.0 ** torch.arange(octaves), persistent=False)
         self.w_noise = normal(2 * octaves, embed, std=octaves ** -0.5)
         self.register_buffer("E", embeddings, persistent=False)
         rows = classes if embeddings is None else embeddings.shape[1]
-        self.table = normal(rows, embed, std=1.0)                   # the class embedding, or the layer that E[label] goes through
+        self.table = normal(rows, embed, std=1.0)  # the class embedding, or the layer that E[label] goes through
         self.b_embed = normal(1, embed, std=0.5)
-        self.w_wave = parameter(frequency * torch.stack([angle.cos(), angle.sin()]))            # [K, 2, waves]
+        self.w_wave = parameter(frequency * torch.stack([angle.cos(), angle.sin()]))  # [K, 2, waves]
         self.b_phase = parameter(2 * math.pi * torch.rand(1, waves, generator=g))
         self.w_phase = normal(embed, waves, std=embed ** -0.5)
         self.w_in = normal(waves + 2, width, std=waves ** -0.5)
@@ -150,10 +150,10 @@ class ToyNet(nn.Module):
         if label is not None:
             embed = embed + (self.table.gather(1, label[..., None].expand(-1, -1, self.table.shape[-1])) if self.E is None
                              else torch.bmm(label if label.is_floating_point() else self.E[label], self.table))
-        embed = F.silu(embed)                                                                   # [K, B, embed]
-        sigma2 = (8 * c_noise).exp()                                                            # c_noise = ln(sigma) / 4
-        s2 = sigma2 / (sigma2 + self.SIGMA_DATA ** 2)                                           # (c_in sigma)^2
-        fade = (-0.5 * s2[..., None] * (self.frequency / self.CUTOFF) ** 2).exp()               # [K, B, waves]
+        embed = F.silu(embed)  # [K, B, embed]
+        sigma2 = (8 * c_noise).exp()  # c_noise = ln(sigma) / 4
+        s2 = sigma2 / (sigma2 + self.SIGMA_DATA ** 2)  # (c_in sigma)^2
+        fade = (-0.5 * s2[..., None] * (self.frequency / self.CUTOFF) ** 2).exp()  # [K, B, waves]
         wave = torch.sin(torch.bmm(x, self.w_wave) + torch.baddbmm(self.b_phase, embed, self.w_phase)) * fade
         h = F.silu(torch.baddbmm(self.b_in, torch.cat([x, wave], -1), self.w_in) + torch.bmm(embed, self.w_embed))
         for i, (w, b) in enumerate(zip(self.w_hidden, self.b_hidden)):
@@ -176,7 +176,7 @@ def toy_net(students: int = 1, size: str | tuple = "B", embeddings: Tensor | Non
     return ToyNet(students, width, depth, embeddings=embeddings)
 
 
-# --------------------------------------------------------------------------------------------------------- how good?
+# ----------------------------------------------------------- how good?
 
 def histogram(x: Tensor, bins: int = BINS) -> Tensor:
     """Counts [bins^2 + 1] of all points of x [..., 2] in [-EXTENT, EXTENT]^2, and in a last bin for those outside.

@@ -29,7 +29,7 @@ import edm
 from common import AdamW, Average, learning_rate
 from flags import flag
 
-NAME, BY = "tsm", ""                                     # no best checkpoint is chosen: the last average is kept
+NAME, BY = "tsm", ""  # no best checkpoint is chosen: the last average is kept
 USES = dict(real="real", tsm_decay="teacher.decay", noise_law="teacher.noise_law", P_mean="teacher.P_mean", P_std="teacher.P_std")
 
 
@@ -92,6 +92,6 @@ def train(run, flags, task) -> dict:
     return {"ema.pt": average.now}
 
 
-if __name__ == "__main__":                               # this stage alone, one student for all classes
+if __name__ == "__main__":  # this stage alone, one student for all classes
     import msd
     raise SystemExit(msd.main(["--students", "1", "--stages", "tsm", *__import__("sys").argv[1:]]))

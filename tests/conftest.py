@@ -1,8 +1,12 @@
-"""Paths, the --run-slow switch, and one tiny trained run shared by the tests that only read it."""
+"""Paths, --run-slow, tiny data, finished smoke runs that tests share, and a stage's loop without the files of a run."""
 import gzip
+import os
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
+
+os.environ["TQDM_DISABLE"] = "1"  # before tqdm is imported; commands in processes of their own inherit it
 
 import numpy as np
 import pytest
@@ -11,6 +15,23 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
+
+import data
+import edm
+import evaluate
+import msd
+import plot
+import post
+import run as runs
+import students
+import teacher
+import toy_mog
+from common import Ranks, Student, generator
+from flags import parse
+
+ALL = tuple(range(8))
+SMALL = ["--preset", "smoke", "--student-size", "XXS", "--stages", "tsm,dm,adm", "--students", "3", "--save-every", "4",
+         "--adm-steps", "8", "--tsm-steps", "12"]
 
 
 def pytest_addoption(parser):
@@ -28,10 +49,6 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="needs --run-slow"))
 
 
-SMALL = ["--preset", "smoke", "--quiet", "--student-size", "XXS", "--stages", "tsm,dm,adm", "--students", "3", "--save-every", "4", "--adm-steps", "8",
-         "--tsm-steps", "12", "--post-steps", "8"]
-
-
 def refused(capsys, main, argv) -> str:
     """The one line that a misuse prints; checks exit code 2 and the absence of a stack trace."""
     capsys.readouterr()
@@ -43,16 +60,6 @@ def refused(capsys, main, argv) -> str:
     return err.splitlines()[-1]
 
 
-def assert_stack_is_its_members(train):
-    """Nothing crosses students: train(members, name) -> state of a stack, together and one by one, in float64."""
-    import common
-    members = [common.Member(0, 2, 0, (0, 1, 2, 3)), common.Member(0, 2, 1, (4, 5, 6, 7)), common.Member(0, 1, 0, tuple(range(8)))]
-    together = train(members, "all")
-    for i, m in enumerate(members):
-        for k, v in train([m], f"one{i}").items():
-            torch.testing.assert_close(together[k][i:i + 1], v, atol=1e-12, rtol=1e-12)
-
-
 @pytest.fixture
 def double():
     """Float64 as the default: equivalences are compared to 1e-12."""
@@ -61,35 +68,134 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
+# ------------------------------------------ a loop, on the toy, alone
+
+def options(line: str = ""):
+    """msd.py's flags at smoke size, with those of a command line."""
+    return parse(msd.Flags, msd.PRESETS, ["--preset", "smoke", *line.split()])
+
+
+def denoiser(width: int = 16, seed: int = 0, jitter: float = 0.3) -> edm.Precond:
+    """A ToyNet in its preconditioning, a stack of one, with random weights everywhere."""
+    D, g = edm.Precond(toy_mog.ToyNet(1, width), 0.5), torch.Generator().manual_seed(seed)
+    for p in D.parameters():
+        p.data += jitter * torch.randn(p.shape, generator=g)
+    return D
+
+
+def given(seed: int = 0, pairs: int = 24, width: int = 16) -> teacher.Given:
+    """A seed's teacher (the closed form, with weights of its own for mu_fake), data, pairs and references."""
+    facts = data.facts("toy")
+    label, many = data.stratified(pairs, 8)[None], data.stratified(800, 8)
+    z = torch.randn(1, pairs, 2, generator=generator(seed, "pairs"))
+    made = {"z": z, "y": teacher.make_pairs(toy_mog.denoiser, z, label, 8), "label": label}
+    judge, mixture = evaluate.toy_judge(facts), data.Mixture(facts)
+    drawn = {of: judge.statistics(toy_mog.sample(many, generator(of)), many) for of in ("select", "real_select")}
+    return teacher.Given(
+        seed, facts, source=lambda: mixture, lineage={}, exact=True, cfg=1.0, size=(width, 2), net=denoiser(width, 1),
+        D=students.whole(facts, pairs), real=lambda: mixture, judge=judge, pairs=made, references=drawn)
+
+
+def task_of(stage, group, flags, shares=None, inputs=None, width: int = 12, **parts) -> students.Task:
+    """students.Task of a group of toy students, each with D_k = F(D, Y_k), or these shares.
+
+    width: of the networks to train, which start alike; parts: what a loop is handed in the place of the Task's own."""
+    if any(s.start is None for s in group):
+        group = [replace(s, start=students.Start("test", (width, 2), lambda: denoiser(width))) for s in group]
+    inputs = inputs or {s.seed: given(s.seed) for s in group}
+    if shares is None:
+        known = {edm: lambda D, Y_k: D} if stage is edm else dict(msd.stages_of(replace(flags, stages=(stage.NAME,))))
+        shares = [known[stage](inputs[s.seed].D, torch.tensor(s.classes)) for s in group]
+    task = students.Task(stage, group, shares, inputs, flags, Ranks())
+    if stage is post:
+        best = [denoiser(16, 1)] * len(group)
+        parts.setdefault("imitated", students.stacked(best, (16, 2), task.facts, "cpu").requires_grad_(False))
+    vars(task).update(parts)
+    return task
+
+
+def trained(stage, group, flags, folder, **more) -> dict:
+    """{file: weights} of stage.train on a stack of toy students; more: see task_of."""
+    task = task_of(stage, group, flags, **more)
+    one = runs.Run(stage.NAME, task.students, {Path(folder): slice(0, len(group))}, *stage.length(flags), (2,),
+                   save_every=flags.run.save_every, micro_batch=flags.run.micro_batch)
+    return stage.train(one, flags, task)
+
+
+def assert_stack_is_its_members(train):
+    """Nothing crosses students: train(students, name) -> state of a stack, together and one by one, in float64."""
+    group = [Student(0, 2, 0, (0, 1, 2, 3)), Student(0, 2, 1, (4, 5, 6, 7)), Student(1, 1, 0, ALL)]
+    together = train(group, "all")
+    for i, s in enumerate(group):
+        for k, v in train([s], f"one{i}").items():
+            torch.testing.assert_close(together[k][i:i + 1], v, atol=1e-12, rtol=1e-12)
+
+
+def same(a: dict, b: dict) -> bool:
+    """Are two states equal bit for bit?"""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+class Asked:
+    """A denoiser that keeps what it is asked, (sigma, label); of the mixture, or of D."""
+
+    def __init__(self, D=toy_mog.denoiser):
+        self.D, self.calls = D, []
+
+    def __call__(self, x, sigma, label):
+        self.calls.append((sigma, label))
+        return self.D(x, sigma, label)
+
+    def classes(self, k: int) -> set:
+        """Those of student k."""
+        return set(torch.cat([label[k] for _, label in self.calls]).tolist())
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """Labels [M, b] of every batch of the toy's data; each sample is checked to be of its class."""
+    labels, original = [], data.Mixture.batch
+
+    def batch(self, *args):
+        x, label = original(self, *args)
+        nearest = (x[:, :, None, None] - toy_mog.means()).norm(dim=-1).flatten(2).argmin(2) // toy_mog.MODES
+        assert torch.equal(nearest, label)
+        labels.append(label)
+        return x, label
+    monkeypatch.setattr(data.Mixture, "batch", batch)
+    return labels
+
+
+# ----------------------------------------------------- shared run folders
+
 @pytest.fixture(scope="session", autouse=True)
 def small_figures():
     """Figures are drawn in many tests and looked at in none."""
-    import plot
     plot.plt.rcParams.update({"figure.dpi": 20, "savefig.dpi": 20})
 
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
     """A finished smoke run of msd.py with K = 1, 3 and two seeds: the run folder."""
-    import msd
     out = tmp_path_factory.mktemp("shared") / "run"
-    assert msd.main(["--preset", "smoke", "--students", "1", "3", "--seeds", "2", "--out", str(out), "--quiet"]) == 0
+    assert msd.main(["--preset", "smoke", "--students", "1", "3", "--seeds", "2", "--out", str(out)]) == 0
     return out
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
     """Three students of the teacher's size after DM and ADM, and three XXS ones after all three stages: the run folder."""
-    import msd
     out = tmp_path_factory.mktemp("small") / "run"
-    assert msd.main(["--preset", "smoke", "--quiet", "--students", "3", "--stages", "dm,adm", "--save-every", "4", "--adm-steps", "8", "--out", str(out)]) == 0
+    assert msd.main(["--preset", "smoke", "--students", "3", "--stages", "dm,adm", "--save-every", "4", "--adm-steps", "8",
+                     "--out", str(out)]) == 0
     assert msd.main([*SMALL, "--out", str(out)]) == 0
     return out
 
 
 def write_idx(path: Path, values: np.ndarray, zipped: bool = False) -> None:
     """An IDX file of uint8 values, as Fashion-MNIST comes."""
-    raw = bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}i", *values.shape) + values.astype(np.uint8).tobytes()
+    head = bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}i", *values.shape)
+    raw = head + values.astype(np.uint8).tobytes()
     path.write_bytes(gzip.compress(raw) if zipped else raw)
 
 
@@ -97,21 +203,20 @@ def write_idx(path: Path, values: np.ndarray, zipped: bool = False) -> None:
 def tiny(tmp_path_factory):
     """A folder in Fashion-MNIST's form: 200 training and 100 test images of ten bars."""
     folder, r = tmp_path_factory.mktemp("tiny"), np.random.default_rng(0)
-    for stem, n in (("train", 200), ("t10k", 100)):
+    for stem, n, zipped in (("train", 200, True), ("t10k", 100, False)):
         label = np.arange(n) % 10
         x = r.integers(0, 60, (n, 28, 28))
         for i, c in enumerate(label):
             x[i, 2 * c:2 * c + 6, 4:24] += 150
-        write_idx(folder / f"{stem}-images-idx3-ubyte{'.gz' if stem == 'train' else ''}", x, stem == "train")
-        write_idx(folder / f"{stem}-labels-idx1-ubyte{'.gz' if stem == 'train' else ''}", label, stem == "train")
+        for name, values in (("images-idx3", x), ("labels-idx1", label)):
+            write_idx(folder / f"{stem}-{name}-ubyte{'.gz' * zipped}", values, zipped)
     return folder
 
 
 @pytest.fixture(scope="session")
 def image_run(tmp_path_factory, tiny):
     """A finished smoke run of msd.py on tiny images with K = 1, 3: the run folder."""
-    import msd
     out = tmp_path_factory.mktemp("shared") / "images"
-    assert msd.main(["--dataset", "fashion-mnist", "--preset", "smoke", "--data", str(tiny), "--out", str(out), "--quiet",
-                     "--threads", "1"]) == 0
+    argv = ["--dataset", "fashion-mnist", "--preset", "smoke", "--data", str(tiny), "--out", str(out)]
+    assert msd.main(argv) == 0
     return out

@@ -1,4 +1,4 @@
-"""One rank of tests/test_ranks.py: RANK and WORLD_SIZE in the environment, as torchrun sets them."""
+"""One rank of tests/test_ranks.py: RANK and WORLD_SIZE in the environment, as torchrun sets them. And a small stack to train."""
 import os
 import sys
 from pathlib import Path
@@ -15,69 +15,70 @@ import dmd
 import edm
 import msd
 import o2mkd
-import toy_mog
+import run
 import tsm
-import unet
+from common import Student, generator
+from evaluate import Judge
+from flags import parse
+from students import Start, Task, whole
+from teacher import Given
+
+STAGES = {"toy": dmd, "image": dmd, "adm": adm, "tsm": tsm, "cd": consistency, "o2mkd": o2mkd}
+O2MKD = "--steps 20 --batch 8 --lr 1e-3"
+MSD = (f"{O2MKD} --reg-lr 1e-3 --fake-lr 1e-3 --reg-warmup 8 --fake-warmup 3 --ttur 2 --draws 2 --clip-norm 1 --eval-every 10 "
+       "--select-samples 40 --pairs 24 --adm-steps 20 --adm-batch 8 --adm-lr 1e-3 --adm-fake-lr 1e-3 --gan-weight 0.1 "
+       "--tsm-steps 20 --tsm-batch 8 --tsm-lr 1e-3 --cd-steps 20 --cd-batch 8 --cd-lr 1e-3 --cd-points 6")
 
 
-def double_dm(out: Path, net_name: str, micro: int = 0) -> None:
-    """20 updates in float64, all ranks on one batch of 8; weights to OUT/weights.pt. net_name: toy, image: DM; adm, tsm, cd: those, of images."""
-    ranks = common.world(torch.device("cpu"))
-    stacked = net_name == "toy"
-    flags = consistency.Flags(dataset="toy" if stacked else "fashion-mnist", steps=20, batch=8, reg_warmup=8, fake_warmup=3, pairs=24, ttur=2, draws=2,
-                      eval_every=10, select_samples=40, save_every=10, quiet=True, clip_norm=1.0, lr=1e-3, reg_lr=1e-3, fake_lr=1e-3,
-                      micro_batch=micro, adm_steps=20, adm_batch=8, adm_fake_warmup=3, adm_lr=1e-3, adm_fake_lr=1e-3, adm_reg_weight=0.2,
-                      gan_weight=0.1, tsm_steps=20, tsm_batch=8, tsm_lr=1e-3, cd_steps=20, cd_batch=8, cd_lr=1e-3, cd_points=6)
+def stack(stage, flags, groups, size, out: Path, pairs: int, ranks=None) -> tuple:
+    """(run, flags, task) for stage.train: students of these groups of classes, without anything trained before.
+
+    The teacher is a network with random weights, which they start from; y = z / 2; the judge compares means."""
+    facts, ranks, (steps, batch) = msd.facts_of(flags), ranks or common.Ranks(), stage.length(flags)
     torch.manual_seed(0)
-    flags.resolution = 0 if stacked else 8
-    facts = data.facts(flags.dataset, flags.resolution)
-    net = toy_mog.ToyNet(2, 16) if stacked else unet.UNet(8, 1, 10, unet.Size(16, (1, 1), 1, ()))
-    net = edm.Precond(net, 0.5)
-    with torch.no_grad():
-        for p in net.parameters():
-            p.add_(0.02 * torch.randn(p.shape))
-    members = [common.Member(0, 2, k, tuple(range(4 * k, 4 * k + 4))) for k in range(2)] if stacked else [common.Member(0, 2, 0, (0, 1, 2))]
-    label = data.stratified(flags.pairs, facts.classes)[None]
-    z = torch.randn(1, flags.pairs, *facts.shape, generator=common.generator("z"))
-    pairs = {"z": z, "y": z / 2, "label": label, "row": torch.zeros(len(members), dtype=torch.int64)}
-    class AnyJudge:                                                 # the distance of the selection, without a classifier
-        statistics = staticmethod(lambda x, label: x.mean())
-        distance = staticmethod(lambda a, b, classes: float((a - b).abs()))
-    judge, reference = AnyJudge, torch.zeros(())
-    run = common.Stage("dm", {out: slice(0, len(members))}, flags.steps, flags.save_every, True, ranks)
-    def teacher(x, sigma, label):
-        return x / (1 + edm.like(sigma, x) ** 2)                    # the denoiser of a standard Gaussian
-    cpu, index = torch.device("cpu"), [torch.arange(flags.pairs)] * len(members)
-    real = data.Generated(pairs["y"], pairs["label"], [0])
-    if net_name == "tsm":
-        ema = tsm.train(run, flags, members, teacher, net, real, cpu)
-    elif net_name == "o2mkd":
-        flags = o2mkd.Flags(dataset=flags.dataset, resolution=8, steps=20, batch=8, lr=1e-3, micro_batch=micro)
-        ema = o2mkd.train(run, flags, members, torch.tensor([200]), torch.tensor([600]), teacher, net, None, real, cpu)
-    elif net_name == "cd":
-        ema, _ = consistency.train(run, flags, members, teacher, consistency.student_of(net), real, judge, {0: reference}, cpu)
-    elif net_name == "adm":
-        ema, _ = adm.train(run, flags, members, teacher, net, net, real, judge, {0: reference}, cpu, pairs, index)
-    else:
-        ema, _ = dmd.train(run, flags, members, teacher, net, pairs, index, judge, {0: reference}, cpu)
-    if run.main:
-        torch.save({"ema": ema.state_dict()}, out / "weights.pt")
+    D = edm.Precond(facts.net(1, size), facts.sigma_data).requires_grad_(False)
+    for p in D.parameters():                                        # some of a U-Net's are 0
+        p.add_(0.02 * torch.randn(p.shape))
+    D.to(ranks.device)
+    z = torch.randn(1, pairs, *facts.shape, generator=generator("z")).to(ranks.device)
+    held = {"z": z, "y": z / 2, "label": data.stratified(pairs, facts.classes).to(ranks.device)[None]}
+    judge = Judge("mean", lambda x, label: x.mean(), lambda a, b, classes: float(a - b), None, None)
+    given = Given(0, facts, None, {}, False, 1.0, size, D, judge=judge, pairs=held, references={"select": 0.0, "real_select": 0.0},
+                  real=lambda: data.Generated(held["y"], held["label"], [0]))
+    students = [Student(0, len(groups), k, tuple(Y_k), Start("teacher", size, lambda: D)) for k, Y_k in enumerate(groups)]
+    shares = [whole(facts, pairs, torch.tensor(s.classes)) for s in students]
+    training = run.Run(stage.NAME, students, {out: slice(0, len(students))}, steps, batch, facts.shape, flags.run.save_every,
+                       flags.run.micro_batch, ranks)
+    return training, flags, Task(stage, students, shares, {0: given}, flags, ranks)
+
+
+def double(out: Path, name: str, micro: int = 0) -> None:
+    """20 updates in float64, all ranks on one batch of 8, of DM of two toy students, or a stage of images; to OUT/weights.pt."""
+    stage, house, argv = STAGES[name], *((o2mkd, O2MKD) if name == "o2mkd" else (msd, MSD))
+    where = "toy --resolution 0" if name == "toy" else "fashion-mnist --resolution 8"
+    flags = parse(house.Flags, house.PRESETS, f"--dataset {where} --save-every 10 --micro-batch {micro} {argv}".split())
+    groups, size = ([range(4), range(4, 8)], (16, 3)) if name == "toy" else ([range(3)] * (1 + (stage is o2mkd)), (16, (1, 1), 1, ()))
+    training, *rest = stack(stage, flags, groups, size, out, 24, common.world(torch.device("cpu")))
+    kept = stage.train(training, *rest)
+    if training.main:
+        torch.save(kept["ema.pt"].state_dict(), out / "weights.pt")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] == "double":
         torch.set_default_dtype(torch.float64)
-        double_dm(Path(sys.argv[2]), sys.argv[3])
+        double(Path(sys.argv[2]), sys.argv[3])
     elif sys.argv[1] == "dies":                                     # the second rank is gone after a few steps
         if os.environ["RANK"] == "1":
             original, count = common.Ranks.add_gradients, []
-            def average(self, net):
+
+            def add_gradients(self, net):
                 count.append(1)
                 if len(count) == 3:
                     os._exit(9)
                 original(self, net)
-            common.Ranks.add_gradients = average
+            common.Ranks.add_gradients = add_gradients
         raise SystemExit(msd.main(sys.argv[2:]))
     else:
         raise SystemExit(msd.main(sys.argv[1:]))

@@ -24,7 +24,7 @@ def source(dataset, path, out, resolution=0):
 
 def picture(value: int, side: int = 64, channels: int = 3) -> np.ndarray:
     x = np.full((side, side, channels), value, np.uint8)
-    x[0, 1] = 255 - value                                           # not symmetric: rows and columns must not be swapped
+    x[0, 1] = 255 - value  # not symmetric: rows and columns must not be swapped
     return x[..., 0] if channels == 1 else x
 
 
@@ -54,7 +54,7 @@ def test_names_of_the_flag_are_the_datasets():
     assert run.NAMES == tuple(data.DATASETS) and all(name == known.name for name, known in data.DATASETS.items())
 
 
-# ------------------------------------------------------------------------------------------------------------- the forms
+# ------------------------------------------------------------------------------------------------------------ the forms
 
 def test_fashion_mnist_is_padded_and_pooled(tiny, tmp_path):
     big, small = source("fashion-mnist", tiny, tmp_path, 32), source("fashion-mnist", tiny, tmp_path)
@@ -106,7 +106,7 @@ def test_official_batches_are_renumbered(tmp_path):
 def cifar_files(folder):
     for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
         rows = np.zeros((4, 3073), np.uint8)
-        rows[:, 0], rows[:, 1 + 1024] = [1, 2, 3, 4], 77                                        # label, then red, green, blue
+        rows[:, 0], rows[:, 1 + 1024] = [1, 2, 3, 4], 77  # label, then red, green, blue
         (folder / f"{name}.bin").write_bytes(rows.tobytes())
     return folder
 
@@ -127,7 +127,7 @@ def test_a_run_folder_belongs_to_one_set_of_images(tiny, tmp_path):
         data.same_data(flags, other)
 
 
-# ------------------------------------------------------------------------------------------------------------ the stream
+# ----------------------------------------------------------------------------------------------------------- the stream
 
 def numbered(n: int, flip=False) -> data.Images:
     x = torch.arange(n)[:, None, None, None].expand(n, 1, 2, 2).to(torch.uint8).clone()
@@ -144,7 +144,7 @@ def test_every_image_once_an_epoch_in_an_order_of_its_own():
     first, second = seen(source, d, range(0, 3), 10), seen(source, d, range(3, 6), 10)
     assert sorted(sum(first, [])) == sorted(sum(second, [])) == list(range(30)) and sum(first, []) != sum(second, [])
     assert sum(seen(numbered(30), d, range(0, 12), 5), []) == sum(first + second, [])           # batches do not matter
-    assert seen(numbered(30), d, [4], 10)[0] == second[1]                                       # nor what was read before: resume
+    assert seen(numbered(30), d, [4], 10)[0] == second[1]  # nor what was read before: resume
 
 
 def test_classes_are_filtered_and_labels_never_renumbered():
@@ -177,7 +177,7 @@ def test_rounding_there_and_back():
     assert images.to_uint8(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
 
 
-# ------------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------------------ bad input
 
 def half_zip(folder):
     raw = bytearray(make_zip(folder / "d.zip", [1, 2, 3]).read_bytes())
@@ -212,7 +212,8 @@ FILES = [                                                           # (dataset, 
     ("fashion-mnist", lambda p: idx(p, cut=100), "train-images-idx3-ubyte: damaged"),
     ("imagenet64", lambda p: (p / "d.zip").write_text("hello"), "d.zip: damaged"),
     ("imagenet64", half_zip, "img00000001.png: damaged"),
-    ("imagenet64", half_batches, "batch_2.npz: damaged"), ("imagenet64", lambda p: half_batches(p, ""), "map_clsloc.txt"),
+    ("imagenet64", half_batches, "batch_2.npz: damaged"),
+    ("imagenet64", lambda p: half_batches(p, ""), "map_clsloc.txt"),
     ("cifar10", lambda p: save(p / "n0/a.png", picture(20, 32)), "1 class folders, not 10"),
     ("cifar10", lambda p: (cifar_files(p) / "data_batch_3.bin").write_bytes(b""), "damaged"),
 ]

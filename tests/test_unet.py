@@ -16,11 +16,13 @@ def awake(net):
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in net.parameters():
-            p.copy_(torch.randn(p.shape, generator=g) * (0.5 / math.sqrt(max(1, p[0].numel()))) + (0.0 if p.ndim > 1 else 0.1))
+            scale = 0.5 / math.sqrt(max(1, p[0].numel()))
+            p.copy_(torch.randn(p.shape, generator=g) * scale + (0.0 if p.ndim > 1 else 0.1))
     return net
 
 
-@pytest.mark.parametrize("size, count", [("B", 295_899_267), ("S", 172_813_603), ("XS", 85_943_555), ("XXS", 25_990_659)])
+@pytest.mark.parametrize("size, count", [
+    ("B", 295_899_267), ("S", 172_813_603), ("XS", 85_943_555), ("XXS", 25_990_659)])
 def test_parameter_counts_of_table_7(size, count):
     with torch.device("meta"):
         assert sum(p.numel() for p in unet.UNet(64, 3, 1000, size).parameters()) == count
