@@ -1,8 +1,8 @@
 """Stage 2, ADM: distribution matching with an adversarial head; real data enter [MSD Sec. 3.2, App. I.3].
 
 Goes on training the one-step generators of stage 1 (dmd.py); with real data, a student can surpass its teacher. A small
-head on the bottleneck of the fake denoiser tells real data from G's samples, both noised first; G is pushed by the KL term,
-as before, and by the head. Fake denoiser and head are one network here, the critic, trained together; it takes several
+head on the bottleneck of the fake denoiser tells real data from G's samples, both noised first; G is pushed by the KL
+term, as before, and by the head. Fake denoiser and head are one network, the critic, trained together, with several
 updates per update of G (TTUR). No pairs, no regression.
 
   G_k^(2) = Distill_ADM(mu_teacher, F_ADM(D, Y_k); G_k^(1))    [MSD Eq. 2, Eq. 4]     train
@@ -10,21 +10,21 @@ updates per update of G (TTUR). No pairs, no regression.
   non-saturating logistic GAN on noised samples                 [MSD App. I.3]         generator_loss, critic_loss
   head: 4 x 4 convolutions, group norm, SiLU                    [MSD App. D.2.1]       Head, Critic
 
-G starts from the best DM checkpoint of each student; its best ADM checkpoint is kept by the same judge, against real data,
-on draws that are not reported. The fake denoiser starts again from the teacher's weights, as the paper found better.
-`--gan-weight 0` switches the GAN off: DM continued, the control.
+G starts from each student's best DM checkpoint; its best ADM checkpoint is the nearest to real data, on draws that are
+not reported. The fake denoiser starts again as the teacher, as the paper found better. `--gan-weight 0`: DM
+continued, the control. Not here: F_ADM (msd.py).
 
-What is healthy (gan.png): the distance falls; the critic is right on a little more than half; its loss stays a little below
-2 log 2, G's a little above log 2, both flat. Near 1.0 on both: G is losing. At 0.5 throughout: the head learns nothing. More:
-docs/faq.md. Not here: the first stage (dmd.py), F_ADM (msd.py).
+What is healthy (gan.png): the distance falls; the critic is right on a little more than half; its loss stays a little
+below 2 log 2, G's a little above log 2, both flat. Near 1.0 on both: G is losing. At 0.5 throughout: the head learns
+nothing. More: docs/faq.md.
 
 Departures from the paper
  1. "Middle block", "probability": the encoder's last block and a logit, as in the code that the paper builds on.
- 2. Head from random weights (it has no teacher's), noise over all bins, TTUR of 5: not stated in the paper; DMD2's. What
-    counts as an iteration is not stated either: --adm-steps counts updates of G (DMD2 counts those of mu_fake).
+ 2. Head from random weights, noise over all bins, TTUR of 5: not stated in the paper; DMD2's. What counts as an
+    iteration is not stated either: --adm-steps counts updates of G (DMD2 counts those of mu_fake).
 On the toy and on the small images also
- 3. TTUR of 2; mu_fake and head get a head start (--fake-warmup) at G's first update; larger learning rates that decay; an
-    average of G's weights is kept, and its start is a candidate for the best checkpoint.
+ 3. TTUR of 2; mu_fake and head get a head start (--fake-warmup) at G's first update; larger learning rates that decay;
+    an average of G's weights is kept, and its start is a candidate for the best checkpoint.
  4. The toy: a small MLP for a head on ToyNet's middle layer, GAN weights 0.03 and 1, and the head sees bins 0 to 100 of
     1000 (sigma <= 0.017): above, real and generated samples look alike to it.
 
@@ -45,8 +45,8 @@ from edm import level
 from flags import Bins, flag
 
 NAME, BY = "adm", "data"  # what a student's best checkpoint is nearest to
-USES = {name: f"dm.{name}" for name in ("beta1", "beta2", "decay", "warmup", "clip_norm", "ema", "dm_weight", "draws", "bins",
-                                        "fake_bins", "normaliser", "select_samples", "eval_every")}
+USES = {name: f"dm.{name}" for name in ("beta1", "beta2", "decay", "warmup", "clip_norm", "ema", "dm_weight", "draws",
+                                        "bins", "fake_bins", "normaliser", "select_samples", "eval_every")}
 USES |= {"adm_fake_warmup": "dm.fake_warmup", "real": "real"}
 
 
@@ -81,13 +81,12 @@ PRESETS = {
     ("imagenet64", "default", "XS"): dict(batch=224, lr=2e-6, fake_lr=2e-6),
     ("imagenet64", "default", "XXS"): dict(batch=256, lr=2e-6, fake_lr=2e-6),
 }
-PRESETS |= {("imagenet64", "paper", *key[2:]): v for key, v in list(PRESETS.items()) if key[:2] == ("imagenet64", "default")}
 
 
 # ---------------------------------------------------------- the losses
 
 def generator_loss(logit: Tensor) -> Tensor:
-    """softplus(-logit) [...] of generated samples: non-saturating; 0 where the head takes them for real [MSD App. I.3]."""
+    """softplus(-logit) [...] of generated samples: non-saturating; 0 where they are taken for real [MSD App. I.3]."""
     return F.softplus(-logit)
 
 
@@ -99,8 +98,8 @@ def critic_loss(real: Tensor, fake: Tensor) -> Tensor:
 class Head(nn.Module):
     """Bottleneck [M, B, *shape] -> logit [M, B]: is this sample real?
 
-    shape (C, h, w): 4 x 4 convolutions of stride 2 down to 4 x 4, one more over all of it, group norm and SiLU after each, and a
-    linear layer [MSD App. D.2.1]; M = 1. shape (width,): an MLP per member of the stack. seeds: M integers, of the initial weights."""
+    shape (C, h, w): 4 x 4 convolutions of stride 2 down to 4 x 4, one more over all of it, group norm and SiLU after
+    each, and a linear layer [MSD App. D.2.1]; M = 1. shape (width,): an MLP per student. seeds: M, of the weights."""
 
     def __init__(self, shape: tuple[int, ...], seeds: list[int]):
         super().__init__()
@@ -113,13 +112,15 @@ class Head(nn.Module):
                 while side > 4:
                     layers += [nn.Conv2d(channels, channels, **conv), unet.Norm(channels), nn.SiLU()]
                     side //= 2
-                layers += [nn.Conv2d(channels, channels, side), unet.Norm(channels), nn.SiLU(), nn.Conv2d(channels, 1, 1)]
+                layers += [nn.Conv2d(channels, channels, side), unet.Norm(channels), nn.SiLU()]
+                layers.append(nn.Conv2d(channels, 1, 1))
             self.net = nn.Sequential(*layers)
         else:
             width = shape[0]
 
             def normal(name: str, *size: int, std: float) -> nn.Parameter:
-                return nn.Parameter(torch.stack([std * torch.randn(size, generator=generator(s, "head", name)) for s in seeds]))
+                drawn = [std * torch.randn(size, generator=generator(s, "head", name)) for s in seeds]
+                return nn.Parameter(torch.stack(drawn))
             self.w0, self.b0 = normal("w0", width, width, std=width ** -0.5), normal("b0", 1, width, std=0.1)
             self.w1, self.b1 = normal("w1", width, width, std=width ** -0.5), normal("b1", 1, width, std=0.1)
             self.w2, self.b2 = normal("w2", width, 1, std=0.1 * width ** -0.5), normal("b2", 1, 1, std=0.0)
@@ -133,7 +134,7 @@ class Head(nn.Module):
 
 
 class Critic(nn.Module):
-    """mu_fake and a head on its bottleneck, trained as one network: a denoiser of G's samples, and a logit [MSD App. I.3]."""
+    """mu_fake and a head on its bottleneck, one network: a denoiser of G's samples, and a logit [MSD App. I.3]."""
 
     def __init__(self, mu_fake: edm.Precond, head: Head):
         super().__init__()
@@ -164,12 +165,12 @@ def length(flags) -> tuple[int, int]:
 def train(run, flags, task) -> dict:
     """Train the stack task.G against the critic [MSD Eq. 2, second line]; returns {file: the weights to keep in it}.
 
-    task.teacher, task.mu_fake: denoisers (x, sigma, label) -> [M, b, *shape], the first frozen; task.real: D_real of Y_k."""
+    task.teacher, task.mu_fake: denoisers (x, sigma, label) -> [M, b, *shape]; task.real: D_real; see students.Task."""
     f, dm, G, gan = flags.adm, flags.dm, task.G, flags.adm.gan_weight > 0
     head = Head(task.mu_fake.net.bottleneck, [s.seed for s in run.students]).to(run.ranks.device)
     critic = Critic(task.mu_fake, head)                             # mu_fake starts again as the teacher
     betas = dm.beta1, dm.beta2
-    average = Average(G, dm.ema, task.select)                       # of G's weights; the best of each student is kept too
+    average = Average(G, dm.ema, task.select)                       # of G's weights; of each student the best, too
     opt_G, opt_critic = AdamW(G, run, betas, dm.clip_norm), AdamW(critic, run, betas, dm.clip_norm)
     state = dict(G=G, critic=critic, **average.state(), opt_G=opt_G, opt_critic=opt_critic)
 
@@ -198,7 +199,7 @@ def train(run, flags, task) -> dict:
         opt_G.step(step, f.lr * rate)
         average.update(step)
 
-        # the critic's turns: the first on the samples just made, the others on fresh ones; at the first step a head start
+        # the critic's turns: the first on the samples just made, the others on fresh ones; at step 0 a head start
         critic.requires_grad_(True)
         head.requires_grad_(gan)
         warmup = dm.fake_warmup if step == 0 else 0
@@ -207,7 +208,7 @@ def train(run, flags, task) -> dict:
             for i, batch in enumerate(run.batches(step, f"fake {{}} {turn}")):
                 x, label = made[i] if turn == 0 else dmd.fresh(G, batch)
                 sigma = level(batch.integers("sigma", *dm.fake_bins))                           # [M, b]
-                losses = fake_losses = edm.denoising_loss(critic, x, label, sigma, batch.normal("noise"))       # [MSD Eq. 8]
+                losses = fake_losses = edm.denoising_loss(critic, x, label, sigma, batch.normal("noise"))  # [MSD Eq. 8]
                 if gan:
                     x_real, y = task.real(batch, before + turn)     # of Y_k
                     real = critic.logit(*noised(x_real, batch.named(f"real {turn} {{}}"), f.gan_bins), y)
@@ -226,7 +227,7 @@ def train(run, flags, task) -> dict:
 
 
 def gan_metrics(x: Tensor, grad: Tensor, fooled: Tensor | None, dm_weight: float, gan_weight: float) -> dict:
-    """How hard DM term and GAN push a sample: RMS [M, b] of each weighted loss's gradient in x; and the GAN loss of G."""
+    """How hard DM term and GAN push a sample: RMS [M, b] of each weighted loss's gradient in x; the GAN loss of G."""
     def rms(v: Tensor) -> Tensor:
         return edm.per_sample(v.detach() ** 2).sqrt()
     out = {"push of the DM term": dm_weight * rms(grad) / grad[0, 0].numel()}

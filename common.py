@@ -1,12 +1,8 @@
 """What every training loop stands on: indexed randomness, ranks, AdamW of a stack, averages of weights.
 
-  randomness   `generator`, `Draws`, `Batch`: every draw is a function of (seed, stage, K, k, step, purpose), so nothing has
-               to be stored to resume, and a student's stream does not depend on who trains beside it
-  stacks       `Student`: one student of a stack; a stack of M students is the leading dimension [M, ...] of every tensor
-  ranks        `Ranks`: the processes of torchrun; a student's own ranks share its batch and add up its gradients
-  updates      `AdamW`: losses per sample in, one update out; `Average`: the weights that are kept
-
-A library: it imports nothing of ours but the flags' UserError. Not here: run folders and checkpoints (run.py).
+A stack of M students is the leading dimension [M, ...] of every tensor. Every draw is a function of (seed, stage, K, k, step,
+purpose): nothing has to be stored to resume, and a student's stream does not depend on who trains beside it. A student's own
+ranks share its batch and add up its gradients. Not here: run folders and checkpoints (run.py).
 """
 import contextlib
 import copy
@@ -14,7 +10,7 @@ import hashlib
 import math
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
@@ -55,44 +51,48 @@ class Draws:
     def generators(self, step: int, purpose: str) -> list[torch.Generator]:
         return [generator(s.seed, self.stage, s.K, s.k, step, purpose, device=self.device) for s in self.students]
 
-    def _stack(self, draw, step: int, purpose: str) -> Tensor:
-        return torch.stack([draw(g) for g in self.generators(step, purpose)])
+    def _stack(self, draw, step: int, purpose: str, *args) -> Tensor:
+        """draw: torch.randn, rand or randint, with these arguments."""
+        return torch.stack([draw(*args, generator=g, device=self.device) for g in self.generators(step, purpose)])
 
     def normal(self, step: int, purpose: str, *shape: int) -> Tensor:
-        return self._stack(lambda g: torch.randn(shape, generator=g, device=self.device), step, purpose)
+        return self._stack(torch.randn, step, purpose, shape)
 
     def uniform(self, step: int, purpose: str, *shape: int) -> Tensor:
-        return self._stack(lambda g: torch.rand(shape, generator=g, device=self.device), step, purpose)
+        return self._stack(torch.rand, step, purpose, shape)
 
     def integers(self, step: int, purpose: str, low: int, high: int, *shape: int) -> Tensor:
         """Uniform on low … high - 1."""
-        return self._stack(lambda g: torch.randint(low, high, shape, generator=g, device=self.device), step, purpose)
+        return self._stack(torch.randint, step, purpose, low, high, shape)
 
     def label(self, step: int, purpose: str, batch: int) -> Tensor:
-        """Labels [M, batch], uniform over each student's own classes."""
+        """[M, batch], uniform over each student's own classes."""
         return torch.stack([c[torch.randint(len(c), (batch,), generator=g, device=self.device)]
                             for c, g in zip(self.classes, self.generators(step, purpose))])
 
 
+@dataclass(frozen=True)
 class Batch:
     """A micro-batch of one update: b rows of whatever is drawn for it.
 
-    Everything is drawn for the whole batch, of which a rank, and a micro-batch of it, takes its slice `part`: so any number
-    of ranks sees the same noise. of: how purposes are called, such as "fake {} 0"."""
-
-    def __init__(self, draws: Draws, step: int, size: int, shape: tuple, part: slice, of: str = "{}"):
-        self.draws, self.step, self.size, self.shape, self.part, self.of = draws, step, size, shape, part, of
+    All is drawn for the whole batch, of which it is the slice `part`: so any number of ranks sees the same noise."""
+    draws: Draws
+    step: int
+    size: int  # of the whole batch
+    shape: tuple  # of a sample
+    part: slice
+    of: str = "{}"  # how purposes are called, such as "fake {} 0"
 
     def named(self, of: str) -> "Batch":
         """The same rows, with other names for its draws."""
-        return Batch(self.draws, self.step, self.size, self.shape, self.part, of)
+        return replace(self, of=of)
 
     def label(self, purpose: str = "label") -> Tensor:
         """[M, b], uniform over each student's own classes Y_k."""
         return self.draws.label(self.step, self.of.format(purpose), self.size)[:, self.part]
 
     def normal(self, purpose: str, shape: tuple | None = None) -> Tensor:
-        """[M, b, *shape]; shape: another than a sample's."""
+        """[M, b, *shape], by default a sample's."""
         shape = self.shape if shape is None else shape
         return self.draws.normal(self.step, self.of.format(purpose), self.size, *shape)[:, self.part]
 
@@ -121,13 +121,11 @@ def latents(seeds, shape) -> Tensor:
 
 # --------------------------------------------------------------- ranks
 
-PATIENCE = timedelta(days=30)  # ranks that have finished wait for others that train: not a sign of trouble
+PATIENCE = timedelta(days=30)  # ranks that have finished wait for others that train
 
 
 class Ranks:
-    """The processes that train one student together: all see the same global batch and take a slice of it each.
-
-    Alone (no torchrun, or one rank per student) it is a group of one and every method does nothing."""
+    """The processes that train a student together, each on its slice of the batch; alone, every method does nothing."""
 
     def __init__(self, members: list[int] | None = None, group=None, device="cpu"):
         members = members or [0]
@@ -135,13 +133,13 @@ class Ranks:
         self.rank = members.index(dist.get_rank()) if self.size > 1 else 0
 
     def parts(self, batch: int, micro: int = 0) -> list[slice]:
-        """This rank's slices of a global batch, of `micro` samples each (0: one slice). UserError if they don't divide."""
+        """This rank's slices of a batch, of `micro` samples each (0: one slice). UserError if they don't divide."""
         share, rest = divmod(batch, self.size)
         if rest or not share:
-            raise UserError(f"a batch of {batch} cannot be shared by {self.size} ranks; choose a multiple of {self.size}")
+            raise UserError(f"a batch of {batch} cannot be shared by {self.size} ranks")
         micro = min(micro or share, share)
         if share % micro:
-            raise UserError(f"--micro-batch {micro}: must divide the {share} samples that each rank takes of a batch")
+            raise UserError(f"--micro-batch {micro}: must divide a rank's {share} samples")
         return [slice(i, i + micro) for i in range(self.rank * share, (self.rank + 1) * share, micro)]
 
     def share(self, number: int) -> list[int]:
@@ -149,8 +147,8 @@ class Ranks:
         return list(range(self.rank, number, self.size))
 
     def add_gradients(self, net: torch.nn.Module) -> None:
-        """Add up the gradients of all ranks (each already divided by the global batch)."""
-        if self.size > 1:  # nothing overlaps with the backward pass: readable first
+        """Add up the gradients of all ranks (each already divided by the whole batch)."""
+        if self.size > 1:
             with _reached():
                 grads = [p.grad for p in net.parameters() if p.grad is not None]
                 for work in [dist.all_reduce(g, group=self.group, async_op=True) for g in grads]:
@@ -179,12 +177,12 @@ class Ranks:
         return torch.cat(out)
 
     def first(self, function):
-        """What function() returns on the first rank, for all: decisions that are read from files must not differ."""
+        """What function() returns on the first rank, for all: what is read from files must not differ."""
         value = [function() if self.rank == 0 else None]
         if self.size > 1:
             with _reached():
-                source = dist.get_global_rank(self.group, 0)
-                dist.broadcast_object_list(value, src=source, group=self.group, device=self.device)
+                first = dist.get_global_rank(self.group, 0)
+                dist.broadcast_object_list(value, src=first, group=self.group, device=self.device)
         return value[0]
 
     def wait(self) -> None:
@@ -192,16 +190,14 @@ class Ranks:
         self.any(False)
 
     def split(self, units: int) -> tuple[list[int], "Ranks"]:
-        """Share out `units` independent trainings: (those of this rank, the ranks that it trains them with).
+        """Share out `units` trainings: (those of this rank, the ranks that it trains them with). Every rank must call it.
 
-        With at least as many ranks as units, each unit gets as many contiguous ranks as the others; with fewer, units go
-        round. Every rank must call it. UserError if the number of ranks is larger, but not a multiple."""
+        Each gets equally many ranks; fewer ranks take them in turn. UserError if there are more, but not a multiple."""
         if self.size < units:
             return self.share(units), Ranks(device=self.device)
-        if self.size % units:
-            raise UserError(f"{self.size} ranks cannot be shared evenly by {units} students; start "
-                            f"{units * (self.size // units)} or a multiple of {units}")
-        each = self.size // units
+        each, rest = divmod(self.size, units)
+        if rest:
+            raise UserError(f"{self.size} ranks cannot be shared by {units} students; start {units * each} or a multiple")
         lists = [list(range(u * each, (u + 1) * each)) for u in range(units)]
         groups = [dist.new_group(m, timeout=PATIENCE) if each > 1 and len(lists) > 1 else self.group for m in lists]
         mine = self.rank // each
@@ -210,17 +206,16 @@ class Ranks:
 
 @contextlib.contextmanager
 def _reached():
-    """A peer that is gone shows as a RuntimeError of the engine: say so in one line instead of hanging or tracing."""
+    """A peer that is gone shows as a RuntimeError of the engine: a UserError instead."""
     try:
         yield
     except RuntimeError as error:
         what = str(error).splitlines()[0][:120]
-        raise UserError(f"rank {os.environ.get('RANK')}: another rank stopped or cannot be reached ({what}); its own message "
-                        f"says why. The same command goes on where the last checkpoints stand") from None
+        raise UserError(f"rank {os.environ['RANK']}: another rank stopped ({what}); its own message says why") from None
 
 
 def leave(ranks: Ranks) -> None:
-    """The last thing that every rank does, together: torchrun ends all ranks when one of them ends badly."""
+    """The last thing that all ranks do, together: torchrun ends all when one of them ends badly."""
     if ranks.size > 1:
         ranks.wait()
         dist.destroy_process_group()
@@ -228,7 +223,7 @@ def leave(ranks: Ranks) -> None:
 
 
 def world(device: torch.device) -> Ranks:
-    """All ranks that torchrun started (RANK, WORLD_SIZE in the environment); a group of one without it."""
+    """All ranks that torchrun started (WORLD_SIZE in the environment); a group of one without it."""
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         return Ranks(device=device)
@@ -255,14 +250,14 @@ def learning_rate(base: float, step: int, steps: int, warmup: int, decay: str) -
 
 @torch.no_grad()
 def ema_update(ema: nn.Module, net: nn.Module, decay: float, step: int) -> None:
-    """Exponential moving average of the weights; the first steps use a shorter memory, so that short runs are not noise."""
+    """Exponential moving average of the weights, of a shorter memory in the first steps."""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
 
 @torch.no_grad()
 def clip_gradients(net: nn.Module, max_norm: float, students: int) -> None:
-    """Scale each student's gradient to an l2 norm of at most max_norm; 0 = off. Students never share a norm."""
+    """Scale each student's own gradient to an l2 norm of at most max_norm; 0 = off."""
     if not max_norm:
         return
     grads = [p.grad.view(students, -1) for p in net.parameters() if p.grad is not None]
@@ -272,15 +267,16 @@ def clip_gradients(net: nn.Module, max_norm: float, students: int) -> None:
         g.mul_(scale[:, None])
 
 
-WEIGHT_DECAY = 0.01  # AdamW's own default, as in DMD; for every network
+WEIGHT_DECAY = 0.01  # AdamW's own default, as in DMD
 
 
 class AdamW:
-    """AdamW of a stack of M students: losses per sample in, one update out. Students share nothing; ranks share gradients."""
+    """AdamW of a stack of M students, which share nothing: losses per sample in, one update out."""
 
     def __init__(self, net: nn.Module, run, betas=(0.9, 0.999), clip_norm: float = 0.0):
         self.net, self.run, self.clip_norm, self.loss = net, run, clip_norm, 0.0
         self.adamw = torch.optim.AdamW(net.parameters(), betas=betas, weight_decay=WEIGHT_DECAY, fused=True)
+        self.state_dict, self.load_state_dict = self.adamw.state_dict, self.adamw.load_state_dict
 
     def backward(self, losses: Tensor) -> None:
         """Add the gradient of a micro-batch; losses [M, b]: mean over the global batch, sum over students."""
@@ -292,7 +288,7 @@ class AdamW:
         self.loss = self.loss + loss.detach()
 
     def step(self, step: int, lr: float) -> Tensor:
-        """The update; returns the loss [M] of all ranks. One that is not finite ends the run, and names the student."""
+        """The update; returns the loss [M] of all ranks. UserError if it is not finite."""
         loss = self.run.check(step, self.loss)
         self.run.ranks.add_gradients(self.net)
         clip_gradients(self.net, self.clip_norm, len(loss))
@@ -303,17 +299,11 @@ class AdamW:
         self.loss = 0.0
         return loss
 
-    def state_dict(self):
-        return self.adamw.state_dict()
-
-    def load_state_dict(self, state):
-        self.adamw.load_state_dict(state)
-
 
 class Average:
     """The weights that are kept: an exponential moving average `now`, and the `best` it has been for each student.
 
-    select(net) -> [M]: the distance by which each student's best is chosen, called select.name in metrics.csv."""
+    select(net) -> [M]: the distance by which that is chosen; select.name: in metrics.csv."""
 
     def __init__(self, net: nn.Module, decay: float, select=None):
         self.net, self.decay, self.select = net, decay, select
@@ -322,7 +312,7 @@ class Average:
         self.record = {"distance": torch.full((select.students,), math.inf)} if select else {}
 
     def state(self) -> dict:
-        """What a checkpoint keeps of it."""
+        """For a checkpoint."""
         return {"ema": self.now, **({"best": self.best, "record": self.record} if self.select else {})}
 
     def update(self, step: int) -> None:

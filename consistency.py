@@ -1,20 +1,21 @@
 """Consistency distillation (CD): the paper's second method, the same partition [MSD App. A.2, Fig. 5].
 
-Trains f(x; sigma, label), which takes any point of the teacher's ODE to its end: f(x; sigma_min) = x by construction, and two
-neighbouring points of one trajectory must give the same. Then G(sigma_max z; sigma_max, label) = f is a one-step generator.
-One update: a real x of the student's own classes Y_k, noised to level t; one Heun step of the teacher to the next lower level
-t'; f at t is pulled to what a slow average of f says at t'. No pairs, no fake denoiser, no GAN; but real data, where DM needs none.
+Trains f(x; sigma, label), which takes any point of the teacher's ODE to its end: f(x; sigma_min) = x by construction,
+and two neighbouring points of one trajectory must give the same. Then G(sigma_max z; sigma_max, label) = f is a
+one-step generator. One update: a real x of the student's own classes Y_k, noised to level t; one Heun step of the
+teacher to the next lower level t'; f at t is pulled to what a slow average of f says at t'. No pairs, no fake
+denoiser; but real data.
 
   f(x; sigma_min) = x by the scalings        [Song et al. 2023, Eq. 5, App. C]     boundary_scalings, student_of
   one step of the teacher's ODE              [EDM Alg. 1]                          heun_step
   consistency loss, target by EMA            [Song et al. 2023, Eq. 7, Alg. 2]     consistency_loss, train
   what a perfect f gives, with N levels      (the N-point Heun sampler)            bound
 
-(Song et al. 2023: "Consistency Models", arXiv 2303.01469.) With N levels and Heun's steps, f imitates the N-point Heun sampler,
-whose own distance `bound` measures. Not here: consistency training without a teacher, growing N, several steps at sampling.
+(Song et al. 2023: "Consistency Models", arXiv 2303.01469.) With N levels and Heun's steps, f imitates the N-point Heun
+sampler, whose own distance `bound` measures. Not here: training without a teacher, growing N, several steps.
 
-Departures: MSD says of this only that it was done; these are from Song et al.'s CD on ImageNet-64 (for cifar10: their CIFAR-10 run)
- 1. AdamW for RAdam; weight decay, warm-up and clipping are those of the DM preset; the EMAs begin with a shorter memory.
+Departures, from Song et al.'s CD on ImageNet-64 (cifar10: their CIFAR-10 run); MSD says only that it was done
+ 1. AdamW for RAdam; weight decay, warm-up and clipping are those of the DM preset; EMAs begin with a shorter memory.
  2. The checkpoint that is kept is the best of several evaluations (as in dmd.py), not the last.
 On the toy and on fashion-mnist also
  3. Distance: the root mean square, as in dmd.py, for LPIPS. Learning rates that decay.
@@ -56,8 +57,7 @@ class Flags:
     points: int = flag(64, "N: noise levels of the discretised ODE, sigma_max and sigma_min among them", low=2)
     rise: float = flag(0.3, "share of the updates in which the levels come in, from sigma_min upwards; 0 = none", low=0,
                        below=1)
-    focus: float = flag(0.6, "share of the levels drawn by ln sigma ~ N(-2, 1.4^2), where modes part; the rest uniformly",
-                        low=0, below=1)
+    focus: float = flag(0.6, "share of the levels drawn by ln sigma ~ N(-2, 1.4^2), where modes part", low=0, below=1)
     target: float = flag(0.97, "mu: decay of the average that gives the target; 0 = f itself, without gradient", low=0,
                          below=1)
     ema: float = flag(0.998, "decay of the average of f's weights (what is kept and sampled)", low=0, below=1)
@@ -82,9 +82,9 @@ PRESETS["imagenet64", "paper"] = PRESETS["imagenet64", "default"]
 # ------------------------------------ the method: scalings, step, loss
 
 def boundary_scalings(sigma: Tensor, sigma_data: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
-    """c_skip, c_out, c_in [...] with c_skip(sigma_min) = 1 and c_out(sigma_min) = 0, exactly [Song et al. 2023, App. C].
+    """c_skip, c_out, c_in [...] with c_skip(sigma_min) = 1 and c_out(sigma_min) = 0 exactly [Song et al. 2023, App. C].
 
-    c_skip = sigma_data^2 / ((sigma - sigma_min)^2 + sigma_data^2), c_out = (sigma - sigma_min) sigma_data / sqrt(sigma^2 + sigma_data^2),
+    c_skip = sigma_data^2 / ((sigma - sigma_min)^2 + sigma_data^2), c_out = (sigma - sigma_min) sigma_data c_in,
     c_in = 1 / sqrt(sigma^2 + sigma_data^2): EDM's, shifted by sigma_min where it matters."""
     return edm.Precond(None, sigma_data, edm.SIGMA_MIN).coefficients(sigma)[:3]
 
@@ -96,7 +96,7 @@ def student_of(D: edm.Precond) -> edm.Precond:
 
 @torch.no_grad()
 def heun_step(denoise, x: Tensor, t: Tensor, t_next: Tensor, label: Tensor | None) -> Tensor:
-    """From x [..., *shape] at noise level t [...] to t_next [...] > 0, one Heun step of the teacher's ODE [EDM Alg. 1]."""
+    """From x [..., *shape] at level t [...] to t_next [...] > 0, one Heun step of the teacher's ODE [EDM Alg. 1]."""
     d = (x - denoise(x, t, label)) / edm.like(t, x)
     step = edm.like(t_next - t, x)
     x_next = x + step * d
@@ -104,11 +104,12 @@ def heun_step(denoise, x: Tensor, t: Tensor, t_next: Tensor, label: Tensor | Non
     return x + step * (d + d_next) / 2
 
 
-def consistency_loss(f, target, solve, x: Tensor, label: Tensor | None, t: Tensor, t_next: Tensor, noise: Tensor, distance="l2") -> Tensor:
+def consistency_loss(f, target, solve, x: Tensor, label: Tensor | None, t: Tensor, t_next: Tensor, noise: Tensor,
+                     distance="l2") -> Tensor:
     """l(f(x_t; t), f^-(x_t'; t')) of real data x [..., *shape], per sample [...] [Song et al. 2023, Eq. 7].
 
-    x_t = x + t noise; solve(x_t, t, t', label) takes it along the teacher's ODE to the lower level t' = t_next; target is f^-,
-    which gets no gradient; distance: see regression_loss."""
+    x_t = x + t noise; solve(x_t, t, t', label) takes it along the teacher's ODE to the lower level t' = t_next; target
+    is f^-, which gets no gradient; distance: see regression_loss."""
     x_t = x + edm.like(t, x) * noise
     with torch.no_grad():
         y = target(solve(x_t, t, t_next, label), t_next, label)
@@ -130,7 +131,7 @@ def bound(denoise, z: Tensor, label: Tensor, points: int) -> Tensor:
 def level_law(grid: Tensor, focus: float) -> Tensor:
     """Cumulative probabilities [N - 1] of drawing level i, the step from grid[i + 1] down to grid[i] (ascending, [N]).
 
-    Uniform over the levels but for a share `focus`, which falls on ln sigma ~ N(-2, 1.4^2): where modes part, and f is hardest."""
+    Uniform but for a share `focus`, which falls on ln sigma ~ N(-2, 1.4^2): where modes part, and f is hardest."""
     normal = torch.special.ndtr((grid.log() + 2) / 1.4).diff()
     return (focus * normal / normal.sum() + (1 - focus) / len(normal)).cumsum(0)
 
@@ -148,7 +149,7 @@ def length(flags) -> tuple[int, int]:
 
 
 def highest(step: int, cd: Flags) -> int:
-    """Levels below this one are in: all N - 1, but for the first `rise` of the updates, in which they come in from below."""
+    """Levels below this one are in: all N - 1; in the first `rise` of the updates they come in from below."""
     rise = cd.rise * cd.steps
     return max(1, math.ceil(min(1.0, (step + 1) / rise if rise else 1.0) * (cd.points - 1)))
 
@@ -159,7 +160,7 @@ def train(run, flags, task) -> dict:
     task.teacher: denoiser, frozen, whose ODE is followed; task.real: D_real of Y_k."""
     cd, dm, f = flags.cd, flags.dm, student_of(task.G)
     target = copy.deepcopy(f).requires_grad_(False)
-    average = Average(f, cd.ema, task.select)                       # of f's weights; the best of each student is kept too
+    average = Average(f, cd.ema, task.select)                       # of f's weights; of each student the best, too
     opt = AdamW(f, run, (0.9, cd.beta2), dm.clip_norm)
     state = dict(f=f, target=target, **average.state(), optimizer=opt)
 
@@ -173,13 +174,14 @@ def train(run, flags, task) -> dict:
         for batch in run.batches(step):                             # one, unless ranks or --micro-batch ask for more
             x, label = task.real(batch)                             # [M, b, *shape], of Y_k
             i = draw_level(batch.uniform("level"), law, highest(step, cd))                      # [M, b], 0 … N - 2
-            losses = consistency_loss(f, target, solve, x, label, grid[i + 1], grid[i], batch.normal("noise"), task.distance)
+            t, t_next, noise = grid[i + 1], grid[i], batch.normal("noise")
+            losses = consistency_loss(f, target, solve, x, label, t, t_next, noise, task.distance)
             opt.backward(losses)
         loss = opt.step(step, learning_rate(cd.lr, step, cd.steps, dm.warmup, cd.decay))
         ema_update(target, f, cd.target, step)
         average.update(step)
         if (step + 1) % 50 == 0:
-            run.log(step + 1, loss=loss, **edm.by_band(losses, grid[i + 1], "consistency loss"))
+            run.log(step + 1, loss=loss, **edm.by_band(losses, t, "consistency loss"))
         if (step + 1) % dm.eval_every == 0 or step + 1 == cd.steps:
             average.choose(run, step + 1)                           # each student by its own classes [MSD App. E]
         run.save(step + 1, state)

@@ -1,7 +1,7 @@
 """Stage 1, DM: a one-step generator whose samples are distributed as the teacher's [MSD Sec. 3.2, App. I.2].
 
-Trains G(sigma_max z; sigma_max, label) and, beside it, a "fake" denoiser mu_fake of G's own samples; both start from the
-teacher's weights. Two flags choose between the paper's two variants of DM:
+Trains G(sigma_max z; sigma_max, label) and, beside it, a "fake" denoiser mu_fake of G's own samples; both start as the
+teacher. Two flags choose between the paper's two variants of DM:
   DMD    --reg-weight 0.25 --ttur 1     a regression loss on pairs (z, y) of the teacher's ODE keeps the modes
   DMD2   --reg-weight 0    --ttur 5     no pairs; the fake denoiser takes N updates per update of G (TTUR)
 
@@ -10,17 +10,16 @@ teacher's weights. Two flags choose between the paper's two variants of DM:
   the fake denoiser's loss               [MSD Eq. 8]               edm.denoising_loss
   regression loss on the pairs           [MSD Eq. 9]               regression_loss, lpips_distance
 
-The preset of imagenet64 is App. D.2.1; the paper does not say how a student's best checkpoint is found during training:
-here by the judge, on its own classes. Not here: the partition and F_DM's label sets (msd.py), the pairs (teacher.py), the
-adversarial head (adm.py).
+The paper does not say how a student's best checkpoint is found: here by the judge, on its own classes. Not here: the
+partition and F_DM (msd.py), the pairs (teacher.py), the adversarial head (adm.py).
 
 Departures from the paper, on the toy (`--preset paper`: App. D.1's numbers; where it is silent, D.2.1's and DMD's)
- 1. G first trains by regression alone (--reg-warmup; precedent: App. D.4) and mu_fake gets a head start (--fake-warmup): at
-    sigma = 80 the teacher's weights say "class mean", and from there the KL term loses modes.
+ 1. G first trains by regression alone (--reg-warmup; precedent: App. D.4), mu_fake gets a head start (--fake-warmup):
+    at sigma = 80 the teacher's weights say "class mean", and from there the KL term loses modes.
  2. w_t = 1 / c_out(sigma): the paper's 1 / mean |x - mu_real| is, in 2-D, a mean of two numbers and often near 0.
  3. The KL term sees bins 0 to 450 of 1000 (sigma <= 1.6), not 0 to 749: the rings have radius 0.1. So does mu_fake.
  4. Four noise draws per sample, one per quarter of the bins, averaged: they need no backward pass through G.
- 5. AdamW betas (0.5, 0.99): mu_fake lags behind G, and momentum 0.9 turns that lag into oscillation (modes die and return).
+ 5. AdamW betas (0.5, 0.99): mu_fake lags behind G, and momentum 0.9 turns that lag into oscillation: modes come and go.
  6. 64 000 pairs at weight 1, not 1 000 at 0.25 (`--preset few-pairs`); RMS distance for LPIPS, which needs images.
  7. An average of G's weights is kept, at the best of several evaluations on draws that are not reported.
 On the small images (fashion-mnist): 1, 5, 7, larger learning rates that decay linearly, and the RMS distance for LPIPS,
@@ -57,7 +56,7 @@ class Flags:
     fake_lr: float = flag(5e-3, "learning rate of the fake denoiser", low=0)
     beta1: float = flag(0.5, "AdamW's first beta, of both: momentum makes the pair of them overshoot", low=0, below=1)
     beta2: float = flag(0.99, "AdamW's second beta", low=0, below=1)
-    decay: str = flag("linear", "schedule of both learning rates after warm-up", choices=("linear", "cosine", "constant"))
+    decay: str = flag("linear", "schedule of both learning rates", choices=("linear", "cosine", "constant"))
     warmup: int = flag(100, "warm-up updates, at the start and again when the KL term sets in", low=0)
     clip_norm: float = flag(0.0, "clip each student's gradient norm; 0 = off", low=0)
     ema: float = flag(0.99, "decay of the average of G's weights (what is kept and sampled)", low=0, below=1)
@@ -96,7 +95,7 @@ PRESETS = {
                                        ema=0.995, warmup=50),
     ("fashion-mnist", "smoke"): dict(steps=6, batch=4, reg_warmup=2, fake_warmup=2, warmup=1, pairs=40, eval_every=3,
                                      select_samples=40, bins=(0, 700), fake_bins=(0, 750)),
-    # DMD's CIFAR-10 run where it is known (regression weight 0.25, 1:1, bins 20 to 980), ours elsewhere; not run to its end
+    # DMD's CIFAR-10 run where it is known, ours elsewhere; not run to its end
     ("cifar10", "default"): dict(DMD, steps=300_000, batch=256, lr=5e-5, reg_lr=5e-5, fake_lr=5e-5, distance="lpips",
                                  pairs=100_000, select_samples=10_000, eval_every=5000),
     ("cifar10", "smoke"): dict(steps=3, batch=2, reg_warmup=1, fake_warmup=1, warmup=1, pairs=20, eval_every=3,
@@ -108,7 +107,6 @@ PRESETS = {
     ("imagenet64", "default", "XS"): dict(batch=224),
     ("imagenet64", "default", "XXS"): dict(batch=256),
 }
-PRESETS |= {("imagenet64", "paper", *key[2:]): v for key, v in list(PRESETS.items()) if key[:2] == ("imagenet64", "default")}
 
 
 # ---------------------------------------------------------- the losses
@@ -117,10 +115,11 @@ def dm_gradient(x: Tensor, mu_real: Tensor, mu_fake: Tensor, sigma: Tensor, norm
                 clip: float | None = None, sigma_data: float = 0.5) -> Tensor:
     """Gradient of the KL divergence in the generated sample x, [..., *shape] [MSD Eq. 6].
 
-    With scores s(x_t) = -(x_t - mu) / sigma^2 [MSD Eq. 7], w_t (s_fake - s_real) = (w_t / sigma^2) (mu_fake - mu_real): x_t
-    cancels. A step against it moves x towards mu_real and away from mu_fake. The paper's w_t = sigma^2 CS / ||mu_real - x||_1
-    [MSD App. D.2.1] divides by the sample's mean |x - mu_real| (`mean_abs`); `c_out` divides by c_out(sigma) instead, so the
-    gradient is in units of the network's output. `clip` bounds every coordinate. No gradient flows through it."""
+    With scores s(x_t) = -(x_t - mu) / sigma^2 [MSD Eq. 7], w_t (s_fake - s_real) = (w_t / sigma^2) (mu_fake - mu_real):
+    x_t cancels. A step against it moves x towards mu_real and away from mu_fake. The paper's w_t = sigma^2 CS /
+    ||mu_real - x||_1 [MSD App. D.2.1] divides by the sample's mean |x - mu_real| (`mean_abs`); `c_out` divides by
+    c_out(sigma): the gradient is in units of the network's output. `clip` bounds every coordinate. No gradient flows
+    through it."""
     if normaliser == "mean_abs":  # the floor: where x is already what mu_real says
         scale = edm.per_sample((x - mu_real).abs()).clamp(min=1e-5)
     else:  # c_out
@@ -133,7 +132,7 @@ def dm_gradient(x: Tensor, mu_real: Tensor, mu_fake: Tensor, sigma: Tensor, norm
 def kl_gradient(x: Tensor, label: Tensor, sigma: Tensor, noise: Tensor, teacher, mu_fake, normaliser: str) -> tuple:
     """`dm_gradient` [M, b, *shape] of samples x, averaged over n noise draws each, and the gap |mu_fake - mu_real| [M].
 
-    sigma [M, b, n], noise [M, b, n, *shape]: the same diffused x_t goes to both denoisers, with the sample's own label."""
+    sigma [M, b, n], noise [M, b, n, *shape]: the same diffused x_t goes to both denoisers, with the sample's label."""
     b, n = sigma.shape[1:]
     sigma, noise = sigma.flatten(1), noise.flatten(1, 2)
     x, label = x.repeat_interleave(n, 1), label.repeat_interleave(n, 1)  # [M, b n, *shape]
@@ -144,7 +143,7 @@ def kl_gradient(x: Tensor, label: Tensor, sigma: Tensor, noise: Tensor, teacher,
 
 
 def dm_loss(x: Tensor, grad: Tensor) -> Tensor:
-    """Per-sample surrogate [...] of the KL divergence: its gradient in x [..., *shape] is grad / elements of x [MSD Eq. 6].
+    """Surrogate [...] of the KL divergence: its gradient in x [..., *shape] is grad / elements of x [MSD Eq. 6].
 
     Half the mean square of x - stop(x - grad): the value means nothing, the derivative is all."""
     return 0.5 * edm.per_sample((x - (x - grad).detach()) ** 2)
@@ -173,11 +172,12 @@ def lpips_distance(device, random_weights: bool = False):
     except Exception as error:  # urllib and torch raise several types
         where = Path(torch.hub.get_dir()) / "checkpoints" / "vgg16-397923af.pth"
         raise UserError(f"--distance lpips needs torchvision's VGG-16 weights and could not fetch them "
-                               f"({type(error).__name__}): put vgg16-397923af.pth at {where}, or take --distance l2") from None
+                        f"({type(error).__name__}): put vgg16-397923af.pth at {where}, or take --distance l2") from None
 
     def distance(x: Tensor, y: Tensor) -> Tensor:
-        a, b = (F.interpolate(v.flatten(0, -4).expand(-1, 3, -1, -1), (224, 224), mode="bilinear") for v in (x, y.to(x.dtype)))
-        return net(a, b).reshape(x.shape[:-3])
+        def enlarged(v: Tensor) -> Tensor:
+            return F.interpolate(v.flatten(0, -4).expand(-1, 3, -1, -1), (224, 224), mode="bilinear")
+        return net(enlarged(x), enlarged(y.to(x.dtype))).reshape(x.shape[:-3])
     return distance
 
 
@@ -198,7 +198,7 @@ def fresh(G, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def in_strata(u: Tensor, low: int, high: int) -> Tensor:
-    """Noise bins [M, b, n], low to high, from uniform u [M, b, n]; a sample's n draws fall into equal strata, one each."""
+    """Noise bins [M, b, n], low to high, from uniform u; a sample's n draws fall into equal strata, one each."""
     u = (u + torch.arange(u.shape[-1], device=u.device)) / u.shape[-1]
     return (low + u * (high + 1 - low)).long().clamp(max=high)
 
@@ -231,10 +231,10 @@ def schedule(f: Flags, step: int) -> tuple[bool, float, float, int]:
 def train(run, flags, task) -> dict:
     """Distil the stack task.G by distribution matching [MSD Eq. 2]; returns {file: the weights to keep in it}.
 
-    task.teacher, task.mu_fake: denoisers (x, sigma, label) -> [M, b, *shape], the first frozen; task.pairs: D_paired."""
-    f, G, mu_fake = flags.dm, task.G, task.mu_fake                  # mu_fake starts as the teacher; so does G, if as large
+    task.teacher, task.mu_fake: denoisers (x, sigma, label) -> [M, b, *shape]; task.pairs: D_paired; students.Task."""
+    f, G, mu_fake = flags.dm, task.G, task.mu_fake                  # mu_fake starts as the teacher; so may G
     betas = f.beta1, f.beta2
-    average = Average(G, f.ema, task.select)                        # of G's weights; the best of each student is kept too
+    average = Average(G, f.ema, task.select)                        # of G's weights; of each student the best, too
     opt_G, opt_fake = AdamW(G, run, betas, f.clip_norm), AdamW(mu_fake, run, betas, f.clip_norm)
     state = dict(G=G, mu_fake=mu_fake, **average.state(), opt_G=opt_G, opt_fake=opt_fake)
 

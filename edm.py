@@ -8,8 +8,7 @@ Trains D(x; sigma, label), an estimate of E[x0 | x0 + sigma n = x, label], from 
   loss weight and loss                    [EDM Eq. 2], [MSD Eq. 8]'s lambda_t      loss_weight, denoising_loss
   deterministic and stochastic sampler    [EDM Alg. 1], [EDM Alg. 2]               heun; of first order: ddim
 
-Not here: loading, guidance, the comparison with the exact denoiser (teacher.py), the exact denoiser of the toy (toy_mog.py,
-`--teacher exact`), distillation (dmd.py, msd.py).
+Not here: loading, guidance, comparison with the exact denoiser (teacher.py), the toy's exact denoiser (toy_mog.py).
 
 Departures from the paper
  1. Noise law of the toy: ln sigma ~ N(-2.5, 1.5^2). EDM's (-1.2, 1.2) draws sigma < 0.005, the toy's std, once in 3 000
@@ -70,7 +69,8 @@ PRESETS = {
     ("fashion-mnist", "default"): dict(LAW, steps=6000, batch=64, lr=2e-3, ema=0.999, sampler_steps=18),
     ("fashion-mnist", "smoke"): dict(size="XXS", steps=6, batch=8, sampler_steps=3),
     # not in the paper; EDM's own CIFAR-10 run: 200 million images, batch 512, 1e-3, EMA over half a million
-    ("cifar10", "default"): dict(LAW, steps=390_000, batch=512, lr=1e-3, decay="constant", ema=0.9993, sampler_steps=18),
+    ("cifar10", "default"): dict(LAW, steps=390_000, batch=512, lr=1e-3, decay="constant", ema=0.9993,
+                                 sampler_steps=18),
     ("cifar10", "smoke"): dict(size="XXS", steps=4, batch=4, sampler_steps=2),
     # [MSD App. D.2.1]: NVIDIA's teacher, 256 Heun steps. Trained here, it would be EDM's run: batch 4096, 1e-4
     ("imagenet64", "default"): dict(LAW, which="edm-imagenet-64x64-cond-adm.pkl", steps=610_000, batch=4096, lr=1e-4,
@@ -82,20 +82,20 @@ PRESETS["imagenet64", "paper"] = PRESETS["imagenet64", "default"]
 # ---------------------------------------- preconditioning, noise, loss
 
 def like(sigma: Tensor, x: Tensor) -> Tensor:
-    """Reshape sigma [...] so that it broadcasts over x [..., *shape]: sigma.ndim is the number of leading dimensions."""
+    """sigma [...] to be broadcast over x [..., *shape]: sigma.ndim is the number of leading dimensions."""
     return sigma.reshape(sigma.shape + (1,) * (x.ndim - sigma.ndim))
 
 
 def per_sample(value: Tensor) -> Tensor:
-    """Mean over one sample's elements, [...]: an image is the last three dimensions [C, H, W], a toy point the last one."""
+    """Mean over a sample's elements, [...]: an image is the last three dimensions, a toy point the last one."""
     return value.flatten(-3).mean(-1) if value.ndim > 3 else value.mean(-1)
 
 
 class Precond(nn.Module):
-    """D(x; sigma, label) = c_skip x + c_out F(c_in x, c_noise, label) [EDM Table 1, Eq. 7]; x [..., *shape], sigma [...].
+    """D(x; sigma, label) = c_skip x + c_out F(c_in x, c_noise, label) [EDM Table 1, Eq. 7]; x [..., *shape].
 
-    With data of variance sigma_data^2 the network's input and its target have unit variance at every sigma. With sigma_min > 0
-    the output is shifted so that D(x; sigma_min) = x exactly: a consistency model's boundary scalings (consistency.py)."""
+    For data of variance sigma_data^2 the network's input and target have unit variance at every sigma. With
+    sigma_min > 0 D(x; sigma_min) = x exactly: a consistency model's boundary scalings (consistency.py)."""
 
     def __init__(self, net: nn.Module, sigma_data: float = 0.5, sigma_min: float = 0.0):
         super().__init__()
@@ -104,15 +104,16 @@ class Precond(nn.Module):
     def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """c_skip, c_out, c_in, c_noise at sigma."""
         total, above = sigma ** 2 + self.sigma_data ** 2, sigma - self.sigma_min
-        return (self.sigma_data ** 2 / (above ** 2 + self.sigma_data ** 2), above * self.sigma_data / total.sqrt(), 1 / total.sqrt(),
-                sigma.log() / 4)
+        c_skip = self.sigma_data ** 2 / (above ** 2 + self.sigma_data ** 2)
+        return c_skip, above * self.sigma_data / total.sqrt(), 1 / total.sqrt(), sigma.log() / 4
 
     def forward(self, x: Tensor, sigma: Tensor, label: Tensor | None = None, features: bool = False):
         """D [..., *shape]; with features=True also the network's bottleneck at (x, sigma) (o2mkd.py)."""
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
-        out, *middle = self.net(like(c_in, x) * x, c_noise, label, features=True) if features else (self.net(like(c_in, x) * x, c_noise, label),)
+        out = self.net(like(c_in, x) * x, c_noise, label, features=features)
+        out, middle = out if features else (out, None)
         D = like(c_skip, x) * x + like(c_out, x) * out.to(x.dtype)
-        return (D, middle[0].to(x.dtype)) if features else D
+        return (D, middle.to(x.dtype)) if features else D
 
     def bottleneck(self, x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor:
         """The network's bottleneck at (x, sigma), without what follows it: what a head sees (adm.py)."""
@@ -156,15 +157,15 @@ def loss_weight(sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
     return (sigma ** 2 + sigma_data ** 2) / (sigma * sigma_data) ** 2
 
 
-def denoising_loss(denoise, x: Tensor, label: Tensor | None, sigma: Tensor, noise: Tensor, sigma_data: float = 0.5) -> Tensor:
-    """lambda ||D(x + sigma noise; sigma, label) - x||^2, mean over elements, per sample [...] [EDM Eq. 2], [MSD Eq. 8]."""
+def denoising_loss(denoise, x: Tensor, label: Tensor | None, sigma: Tensor, noise: Tensor, sigma_data: float = 0.5):
+    """lambda ||D(x + sigma noise; sigma, label) - x||^2, per sample [...] [EDM Eq. 2], [MSD Eq. 8]."""
     D = denoise(x + like(sigma, x) * noise, sigma, label)
     return loss_weight(sigma, sigma_data) * per_sample((D - x) ** 2)
 
 
 @torch.no_grad()
 def by_band(losses: Tensor | None, sigma: Tensor | None, name: str, edges=(0.0, 0.01, 0.1, 1.0, math.inf)) -> dict:
-    """Means of per-sample losses [M, b] within bands of sigma, {name: [M]}: one number over all levels hides what moves."""
+    """Means of losses [M, b] within bands of sigma, {name: [M]}: one number over all levels hides what moves."""
     out = {}
     for low, high in zip(edges, edges[1:]) if losses is not None else ():
         band = (sigma >= low) & (sigma < high)
@@ -177,11 +178,11 @@ def by_band(losses: Tensor | None, sigma: Tensor | None, name: str, edges=(0.0, 
 
 @torch.no_grad()
 def heun(denoise, z: Tensor, label: Tensor | None, steps: int, *, S_churn: float = 0.0, S_min: float = 0.0,
-         S_max: float = math.inf, S_noise: float = 1.0, generator: torch.Generator | None = None, order: int = 2) -> Tensor:
+         S_max: float = math.inf, S_noise: float = 1.0, generator=None, order: int = 2) -> Tensor:
     """Samples x0 [..., *shape] from unit-variance latents z [..., *shape]; 2 steps - 1 evaluations of `denoise`.
 
     [EDM Alg. 1] with S_churn = 0 (deterministic: the ODE that pairs z with x0); [EDM Alg. 2] with S_churn > 0.
-    The state is float64 (float32 on mps); `denoise` is called in z's dtype. order 1: without the second evaluation (`ddim`)."""
+    The state is float64 (float32 on mps); `denoise` is called in z's dtype. order 1: Euler's steps (`ddim`)."""
     lead = label.shape if label is not None else z.shape[:1]
     wide = torch.float32 if z.device.type == "mps" else torch.float64
 
@@ -206,7 +207,7 @@ def heun(denoise, z: Tensor, label: Tensor | None, steps: int, *, S_churn: float
 
 
 def ddim(denoise, z: Tensor, label: Tensor | None, steps: int, **churn) -> Tensor:
-    """As `heun`, but of first order: one evaluation a step. DDIM [Song et al. 2021] in EDM's variables is Euler's method on its ODE."""
+    """DDIM [Song et al. 2021], in EDM's variables Euler's method on its ODE: as `heun`, one evaluation a step."""
     return heun(denoise, z, label, steps, order=1, **churn)
 
 
@@ -229,7 +230,7 @@ def draw_sigma(batch: Batch, f: Flags) -> Tensor:
 
 
 def dropped(batch: Batch, label: Tensor, share: float) -> list[tuple[slice, Tensor | None]]:
-    """[(rows, their labels)]: the first `share` of the whole batch trains without a class."""
+    """[(rows, their labels)]: the first `share` of the batch trains without a class."""
     free = max(0, min(label.shape[1], round(share * batch.size) - batch.part.start))
     return [(slice(free, None), label[:, free:])] + [(slice(free), None)] * (free > 0)
 

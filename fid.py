@@ -1,25 +1,14 @@
 """Fréchet distance between two sets of images: the number by which every table of the papers compares generators.
 
-Features of both sets, a mean and a covariance each, then the distance between the two Gaussians.
+Features of both sets, a mean and a covariance each (float64, unbiased, as EDM's fid.py), then the distance between the
+two Gaussians [Heusel et al. 2017]. "FID": in the features of NVIDIA's Inception (inception-2015-12-05.pt, at
+nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics; a TorchScript file is a program: give only that one).
+"FD (our classifier)": of a small convnet trained here. That is no FID, nor do the FDs of two classifiers compare.
 
-  distance                                [Heusel et al. 2017]                frechet_distance
-  mean and covariance                     as EDM's fid.py: float64, unbiased  statistics, Moments
-  features of the published numbers       NVIDIA's TorchScript Inception      Inception: "FID"
-  features to be had without a download   a small convnet trained here        Classifier: "FD (our classifier)"
+Departure: the trace of the root of C1 C2 is the sum of the singular values of C1^(1/2) C2^(1/2), their roots from
+symmetric eigendecompositions: never complex, and sound for fewer images than features.
 
-Not here: which classifier, how many samples and which reference a dataset takes (evaluate.py).
-
-Departures
- 1. The trace of the root of C1 C2 is the sum of the singular values of C1^(1/2) C2^(1/2), its roots from symmetric
-    eigendecompositions: never complex, and sound for fewer images than features, where a general matrix root is not.
- 2. An FD in the features of our classifier is no FID: the two cannot be compared, nor two FDs of two classifiers.
-
-inception-2015-12-05.pt: nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics. A TorchScript file is a
-program; give only that one.
-
-Run      python fid.py --images samples.npz --ref imagenet-64x64.npz --features inception-2015-12-05.pt
-         --images: npz of the ADM evaluator, folder of PNG or JPEG, or a students' folder of a run
-         --ref: the same, or an npz of statistics (mu, sigma)
+    python fid.py --images samples.npz --ref imagenet-64x64.npz --features inception-2015-12-05.pt
 """
 import sys
 import warnings
@@ -40,33 +29,22 @@ from flags import UserError, check, command, flag, parse
 INCEPTION = "inception-2015-12-05.pt"
 
 
-# --------------------------------------------------------------------------------------------- statistics and distance
+# ------------------------------------------------ statistics and distance
 
 class Moments:
     """Mean and unbiased covariance of features that come in pieces, float64; any split gives the same to rounding."""
 
     def __init__(self):
-        self.n, self._mean, self._scatter = 0, None, None
+        self.n, self._mean, self._scatter = 0, 0.0, 0.0
 
     def add(self, features: Tensor) -> "Moments":
-        """Take in features [B, d]; returns itself. ValueError if they are not finite."""
+        """Take in features [B, d]; returns itself. Scatters about each piece's mean: sums of squares would cancel."""
         x = torch.as_tensor(features).detach().cpu().double()
-        if x.ndim != 2 or not torch.isfinite(x).all():
-            raise ValueError(f"features must be finite and [N, d]; these are {list(x.shape)}")
-        piece = Moments()
         if len(x):
-            piece.n, piece._mean = len(x), x.mean(0)
-            piece._scatter = (x - piece._mean).T @ (x - piece._mean)      # [d, d]
-        return self.merge(piece)
-
-    def merge(self, other: "Moments") -> "Moments":
-        """Take in what `other` has seen; returns itself. Scatters about the own mean: sums of squares would cancel."""
-        if not self.n:
-            self.n, self._mean, self._scatter = other.n, other._mean, other._scatter
-        elif other.n:
-            n, gap = self.n + other.n, other._mean - self._mean
-            self._scatter = self._scatter + other._scatter + gap.outer(gap) * (self.n * other.n / n)
-            self.n, self._mean = n, self._mean + gap * (other.n / n)
+            n, mean = self.n + len(x), x.mean(0)
+            gap = mean - self._mean
+            self._scatter = self._scatter + (x - mean).T @ (x - mean) + gap.outer(gap) * (self.n * len(x) / n)  # [d, d]
+            self.n, self._mean = n, self._mean + gap * (len(x) / n)
         return self
 
     def mean(self) -> Tensor:
@@ -74,48 +52,45 @@ class Moments:
         return self._mean
 
     def cov(self) -> Tensor:
-        """[d, d], divided by n - 1. ValueError if n < 2."""
-        if self.n < 2:
-            raise ValueError(f"a covariance needs at least 2 samples, not {self.n}")
+        """[d, d], divided by n - 1; not finite if n < 2."""
         return self._scatter / (self.n - 1)
 
 
 def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [d] and unbiased covariance [d, d] of features [N, d], float64. ValueError if N < 2 or not finite."""
+    """Mean [d] and unbiased covariance [d, d] of features [N, d], float64."""
     moments = Moments().add(features)
     return moments.mean(), moments.cov()
 
 
 def _root(cov: Tensor) -> Tensor:
-    """A [d, r] with A A^T = cov [d, d] of rank r. Eigenvalues below rounding are dropped: the root of 1e-16 is 1e-8."""
+    """A [d, r], A A^T = cov [d, d] of rank r. Eigenvalues below rounding are dropped: the root of 1e-16 is 1e-8."""
     value, vector = torch.linalg.eigh((cov + cov.T) / 2)
     keep = value > len(cov) * torch.finfo(value.dtype).eps * value.abs().max()
     return vector[:, keep] * value[keep].sqrt()
 
 
 def frechet_distance(mu1, cov1, mu2, cov2) -> float:
-    """|mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two Gaussians [Heusel et al. 2017], in float64; 0 = equal.
+    """|mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two Gaussians, in float64; 0 = equal.
 
     ValueError if shapes differ or anything is not finite: max(0, nan) would be a perfect 0."""
     mu1, cov1, mu2, cov2 = four = [torch.as_tensor(a).detach().cpu().double() for a in (mu1, cov1, mu2, cov2)]
     alike = mu1.shape == mu2.shape and cov1.shape == cov2.shape == mu1.shape * 2
     if not alike or not all(torch.isfinite(a).all() for a in four):
         raise ValueError(f"two finite Gaussians of one dimension are needed, not {[list(a.shape) for a in four]}")
-    root = torch.linalg.svdvals(_root(cov1).T @ _root(cov2)).sum()      # tr (C1 C2)^(1/2)
+    root = torch.linalg.svdvals(_root(cov1).T @ _root(cov2)).sum()  # tr (C1 C2)^(1/2)
     return max(0.0, ((mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * root).item())
 
 
-# ------------------------------------------------------------------------------------------------------------ features
+# --------------------------------------------------------------- features
 
 class Inception:
-    """NVIDIA's TorchScript Inception: the 2048 features of which EDM's numbers and reference statistics are made."""
+    """NVIDIA's TorchScript Inception, of EDM's numbers and reference statistics. UserError if it is something else."""
     name, dimension = "FID", 2048
 
     def __init__(self, path, device="cpu"):
-        """UserError if the file is no TorchScript, or gives no 2048 features."""
         self.device = device
         with images.reading(f"{path}: not NVIDIA's {INCEPTION}"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")                         # torch announces the end of TorchScript
+            warnings.simplefilter("ignore")  # torch announces the end of TorchScript
             self.net = torch.jit.load(str(path), map_location=device).eval()
             probe = self.features(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
             if probe.shape != (2, self.dimension):
@@ -140,13 +115,13 @@ class Classifier(nn.Module):
         self.feature, self.out = nn.Linear(64 * 4 * 4, self.dimension), nn.Linear(self.dimension, classes)
 
     def embed(self, x: Tensor) -> Tensor:
-        """Penultimate activations [B, 64] of x [B, C, H, W] in [-1, 1]; they still know where in it things are."""
+        """Penultimate activations [B, 64] of x [B, C, H, W] in [-1, 1]."""
         for i, (conv, norm) in enumerate(zip(self.conv, self.norm)):
             x = F.relu(norm(conv(x if i == 0 else F.max_pool2d(x, 2))))
-        return F.silu(self.feature(F.adaptive_avg_pool2d(x, 4).flatten(1)))      # ReLU leaves a third of them dead
+        return F.silu(self.feature(F.adaptive_avg_pool2d(x, 4).flatten(1)))  # ReLU leaves a third of them dead
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.embed(x))      # logits [B, classes]
+        return self.out(self.embed(x))  # logits [B, classes]
 
     @torch.no_grad()
     def features(self, x: Tensor, batch: int = 512) -> Tensor:
@@ -161,7 +136,7 @@ def train_classifier(x: Tensor, label: Tensor, classes: int, seed: int = 0, epoc
                      batch: int = 128, lr: float = 3e-3) -> Classifier:
     """A Classifier trained on uint8 images x [N, C, H, W], label [N]; on a CPU bit-identical for equal arguments.
 
-    `.accuracy` is the share of right answers during the last epoch."""
+    `.accuracy`: the share of right answers during the last epoch."""
     net, g = Classifier(x.shape[1:], classes), generator("classifier", seed, "init")
     for layer in (*net.conv, net.feature, net.out):
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=g)
@@ -179,7 +154,7 @@ def train_classifier(x: Tensor, label: Tensor, classes: int, seed: int = 0, epoc
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step >= len(batches) - len(batches) // epochs:           # the last epoch
+        if step >= len(batches) - len(batches) // epochs:  # the last epoch
             right += (logits.argmax(1) == target).sum()
     net.accuracy = right.item() / len(x)
     print(f"classifier: {net.accuracy:.1%} of its last epoch right, seed {seed}")
@@ -187,13 +162,13 @@ def train_classifier(x: Tensor, label: Tensor, classes: int, seed: int = 0, epoc
 
 
 def save_classifier(path, net: Classifier) -> None:
-    """Weights and the facts of its shape, atomically."""
+    """Atomically."""
     run.save_tensors(Path(path), {"kind": "fid.Classifier", "shape": list(net.shape), "classes": net.classes,
                                   "accuracy": net.accuracy, "net": {k: v.cpu() for k, v in net.state_dict().items()}})
 
 
 def load_classifier(path) -> Classifier:
-    """Frozen, on the CPU. UserError if the file is missing, damaged or something else."""
+    """Frozen, on the CPU. UserError if the file is damaged or something else."""
     saved = run.load_tensors(Path(path))
     with images.reading(f"{path}: not a classifier of this code"):
         net = Classifier(saved["shape"], saved["classes"])
@@ -203,29 +178,27 @@ def load_classifier(path) -> Classifier:
 
 
 def extractor(path, device="cpu") -> Inception | Classifier:
-    """The Inception or a Classifier, told apart by the file's list of contents: nothing foreign is run to find out."""
-    script = False
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as f:
-            script = any(name.endswith("/constants.pkl") for name in f.namelist())  # only TorchScript has them
+    """The Inception or a Classifier, told apart by the zip's list of contents: nothing foreign is run to find out."""
+    with images.reading(path), zipfile.ZipFile(path) as f:
+        script = any(name.endswith("/constants.pkl") for name in f.namelist())  # only TorchScript has them
     return Inception(path, device) if script else load_classifier(path).to(device)
 
 
 def moments(net, x: Tensor) -> Moments:
-    """Moments of the features of uint8 images x [N, C, H, W], in pieces: features of all need not fit in memory."""
+    """Of the features of uint8 images x [N, C, H, W], in pieces: features of all need not fit in memory."""
     out, pieces = Moments(), x.split(1024)
     for piece in run.bar(pieces, "features", len(pieces)):
         out.add(net.features(piece))
     return out
 
 
-# -------------------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------- command line
 
 @dataclass
 class Flags:
     """Of the command"""
     prefix = ""
-    images: str = flag("", "what to measure: npz, folder of PNG or JPEG, or a students' folder of a run")
+    images: str = flag("", "what to measure: npz of the ADM evaluator, folder of PNG or JPEG, or students' folder of a run")
     ref: str = flag("", "the reference: npz of statistics (mu, sigma), or images as above; all of it is used")
     features: str = flag(INCEPTION, "NVIDIA's TorchScript Inception (FID), or a classifier's file (FD)")
     device: str = flag("auto", "auto, cpu, cuda or mps")
@@ -234,7 +207,7 @@ class Flags:
 CONFLICTS = [(lambda f: not f.images or not f.ref, "--images and --ref: say what to measure, and what to compare with")]
 
 
-def reference(path: str, net) -> tuple[Tensor, Tensor, float]:
+def reference(path: str, net, size) -> tuple[Tensor, Tensor, float]:
     """mu [d], sigma [d, d], and of how many images (inf: unknown): statistics if the file has them, else of its images.
 
     ADM's files hold both; their statistics come from far more images, but are of use for the Inception alone."""
@@ -242,7 +215,10 @@ def reference(path: str, net) -> tuple[Tensor, Tensor, float]:
         with images.reading(path), np.load(path) as f:
             if "mu" in f and (f["mu"].shape == (net.dimension,) or "arr_0" not in f):
                 return torch.as_tensor(f["mu"]), torch.as_tensor(f["sigma"]), float("inf")
-    of = moments(net, images.read(path))
+    x = images.read(path)
+    if x.shape[2:] != size:
+        raise UserError(f"{path}: {list(x.shape[2:])} pixels, --images has {list(size)}")
+    of = moments(net, x)
     return of.mean(), of.cov(), of.n
 
 
@@ -251,9 +227,9 @@ def main(argv=None):
     """Measure --images against --ref."""
     f = parse(Flags, {}, argv, __doc__)
     check(f, CONFLICTS)
-    net = extractor(f.features, run.device(f.device))
-    here = moments(net, images.read(f.images))
-    mu, cov, n = reference(f.ref, net)
+    net, x = extractor(f.features, run.device(f.device)), images.read(f.images)
+    here = moments(net, x)
+    mu, cov, n = reference(f.ref, net, x.shape[2:])
     if min(here.n, n) < net.dimension:
         print(f"warning: {min(here.n, n):,} images for {net.dimension:,} features: the distance comes out too large",
               file=sys.stderr)

@@ -6,8 +6,8 @@
     x = G_k(z; y) with y in Y_k     Router, route, generate  one student answers, once
 
 A stage knows nothing of K: it trains a stack of students, whoever they are; students never see each other. Stages: tsm,
-dm, adm in this order; cd, consistency distillation instead [MSD App. A.2]; post, a baseline. Not here: teacher, pairs and
-references (teacher.py), stacks and folders (students.py), distances and tables (evaluate.py).
+dm, adm in this order; cd, consistency distillation instead [MSD App. A.2]; post, a baseline. Not here: teacher and
+pairs (teacher.py), stacks and folders (students.py), distances and tables (evaluate.py).
 
 Run      python msd.py --dataset toy --students 8
 Stages   python msd.py --students 8 --student-size XS --stages tsm,dm,adm
@@ -36,7 +36,8 @@ from flags import UserError, check, command, describe, flag, parse, settings
 from images import to_uint8
 from students import ONE_STEP, Data, Students, distil, first_start, load_students, stage_folder, tag_of
 
-ORDERS = ("teacher", "tsm", "dm", "adm", "tsm,dm", "tsm,adm", "dm,adm", "tsm,dm,adm", "post", "tsm,post", "cd", "tsm,cd")
+ORDERS = ("teacher", "tsm", "dm", "adm", "tsm,dm", "tsm,adm", "dm,adm", "tsm,dm,adm", "post", "tsm,post", "cd",
+          "tsm,cd")
 
 
 @dataclass
@@ -51,19 +52,19 @@ class Flags:
     cd: consistency.Flags
     students: list[int] = flag([8], "number of students K; several are compared, K by K", low=1)
     student: int = flag(-1, "train only this student of each K, for a job array on a cluster; -1 = all", low=-1)
-    partition: str = flag("consecutive", "consecutive, random, kmeans (of the teacher's label embeddings), quadrant (of "
-                                         "their first two entries; K = 4), or a file: a line of classes per student")
+    partition: str = flag("consecutive", "consecutive, random, kmeans (of the teacher's label embeddings), quadrant "
+                                         "(K = 4), or a file: a line of classes per student")
     stages: str = flag("dm", "stages in order; cd: consistency distillation; teacher: no students", choices=ORDERS)
     method: str = flag("dmd", "distribution matching; cd: the same as --stages cd", choices=("dmd", "cd"))
     student_size: str = flag("", "size of the students; none = the teacher's", choices=("", "B", "S", "XS", "XXS"))
-    init: str = flag("", "what the first stage starts from: teacher, random, a checkpoint's path, or the students of a stage "
-                         "and tag (dm, dm-TAG); none = the teacher's weights, for adm the dm stage")
+    init: str = flag("", "what the first stage starts from: teacher, random, a checkpoint's path, or a stage (dm, "
+                         "dm-TAG); none = the teacher's weights, for adm the dm stage")
     real: str = flag("data", "real data of TSM, ADM and CD: the dataset, or the teacher's samples (y of the pairs)",
                      choices=("data", "generated"))
 
     def order(self) -> list[str]:
         """The stages of this run."""
-        return self.stages.replace("dm,adm", "cd").replace("dm", "cd").split(",") if self.method == "cd" else self.stages.split(",")
+        return ["cd"] if (self.method, self.stages) == ("cd", "dm") else self.stages.split(",")
 
 
 PRESETS = {"run": run.PRESETS, "teacher": edm.PRESETS, "dm": dmd.PRESETS, "tsm": tsm.PRESETS, "adm": adm.PRESETS,
@@ -83,22 +84,22 @@ def fits(f: Flags) -> bool:
 
 
 CONFLICTS = [  # (is it so?, what to say): each would give a silently wrong number, or fail after hours
-    (lambda f: max(f.students) > facts_of(f).classes, "--students {f.students}: more students than the dataset has classes"),
+    (lambda f: max(f.students) > facts_of(f).classes, "--students {f.students}: more than the dataset has classes"),
+    (lambda f: f.method == "cd" and "cd" not in f.order(), "--method cd: is --stages cd or tsm,cd; leave out --stages"),
     (lambda f: f.student >= (0 if facts_of(f).stacked else max(f.students)),
      "--student {f.student}: one of --students, numbered from 0; the toy's train together"),
     (lambda f: not fits(f) and (f.init == "teacher" or not f.init and f.order()[0] in ("dm", "cd")),
-     "--student-size {f.student_size}: the teacher's weights do not fit; give --stages tsm,… (or --init random, which App. B.6 "
-     "advises against)"),
-    (lambda f: f.init and f.order()[0] == "tsm", "--init {f.init}: TSM starts from random weights; leave out one of them"),
+     "--student-size {f.student_size}: the teacher's weights do not fit; give --stages tsm,… or --init random"),
+    (lambda f: f.init and f.order()[0] == "tsm", "--init {f.init}: TSM starts from random weights; leave one out"),
     (lambda f: f.dm.dm_weight == 0 and ("dm" in f.order() and f.dm.reg_weight == 0 or
                                         "adm" in f.order() and f.adm.gan_weight == 0),
      "--dm-weight 0 beside --reg-weight 0 or, in ADM, --gan-weight 0: nothing is left to train on"),
     (lambda f: f.dm.dm_weight > 0 and not f.dm.fake_bins.low <= f.dm.bins.low <= f.dm.bins.high <= f.dm.fake_bins.high,
      "--bins: reach beyond --fake-bins, where the fake denoiser never trains"),
     (lambda f: "dm" in f.order() and f.dm.dm_weight > 0 and dmd.first_kl_step(f.dm) >= f.dm.steps,
-     "--reg-warmup {f.dm.reg_warmup}: must be below --steps {f.dm.steps}, or the KL term never sets in (for regression alone: "
-     "--dm-weight 0)"),
-    (lambda f: f.dm.distance == "lpips" and facts_of(f).stacked, "--distance lpips: needs images; the toy takes l2 or mse"),
+     "--reg-warmup {f.dm.reg_warmup}: must be below --steps {f.dm.steps}, or the KL term never sets in (for regression "
+     "alone: --dm-weight 0)"),
+    (lambda f: f.dm.distance == "lpips" and facts_of(f).stacked, "--distance lpips: needs images; take l2 or mse"),
     (lambda f: not facts_of(f).stacked and min(f.dm.pairs, f.dm.select_samples) < 2 * facts_of(f).classes,
      "--pairs and --select-samples: at least two per class, which needs a mean and a covariance"),
     *teacher.CONFLICTS,
@@ -115,7 +116,9 @@ def filter_dm(D: Data, Y_k: Tensor) -> Data:
 
 
 def filter_adm(D: Data, Y_k: Tensor) -> Data:
-    """F_ADM(D, Y_k) = (D_real of Y_k, C_{Y_k}): the head, too, sees Y_k alone [MSD Sec. 3.2]. UserError if D_real has none."""
+    """F_ADM(D, Y_k) = (D_real of Y_k, C_{Y_k}): the head, too, sees Y_k alone [MSD Sec. 3.2].
+
+    UserError if D_real has none."""
     real = Y_k[torch.isin(Y_k, D.real)]
     if not len(real):
         raise UserError(f"real data of the classes {Y_k.tolist()} are needed, and there are none")
@@ -131,7 +134,7 @@ def filter_pairs(D: Data, Y_k: Tensor) -> Data:
 
 
 def stages_of(flags: Flags) -> list[tuple]:
-    """[(stage, its F)] in order. TSM: one network on the whole data, the start of all; or one a student [MSD App. D.2.2]."""
+    """[(stage, its F)] in order. TSM: one network on all data, the start of all; or one a student [MSD App. D.2.2]."""
     known = {"tsm": (tsm, (lambda D, Y_k: D) if flags.tsm.common else filter_adm), "adm": (adm, filter_adm),
              "dm": (dmd, filter_pairs if flags.dm.filter_pairs else filter_dm), "post": (post, filter_dm),
              "cd": (consistency, filter_adm)}
@@ -140,12 +143,13 @@ def stages_of(flags: Flags) -> list[tuple]:
 
 # ----------------------------------------------------------------- who has what, and who answers
 
-def partition(classes: int, K: int, how: str = "consecutive", embeddings: Tensor | None = None, seed: int = 0) -> list[Tensor]:
+def partition(classes: int, K: int, how: str = "consecutive", embeddings: Tensor | None = None, seed: int = 0):
     """[Y_1, …, Y_K], sorted, disjoint and covering [MSD Sec. 3.1].
 
-    consecutive: blocks in numerical order, the paper's choice for ImageNet [MSD Sec. 4.1]; random: blocks of a permutation;
-    kmeans: clusters of the conditions' embeddings [classes, d], of unequal sizes [MSD App. B.1]; quadrant: signs of their
-    first two entries, the paper's rule for text [MSD Sec. 4.2]; else a file. UserError if K is out of range, a part empty."""
+    consecutive: blocks in numerical order, the paper's choice for ImageNet [MSD Sec. 4.1]; random: of a permutation;
+    kmeans: clusters of the conditions' embeddings [classes, d], of unequal sizes [MSD App. B.1]; quadrant: signs of
+    their first two entries, the paper's rule for text [MSD Sec. 4.2]; else a file. UserError if K is out of range, a
+    part empty."""
     if not 1 <= K <= classes:
         raise UserError(f"--students {K}: from 1 to {classes}, the number of classes")
     if how == "consecutive":
@@ -158,7 +162,7 @@ def partition(classes: int, K: int, how: str = "consecutive", embeddings: Tensor
     k = kmeans(embeddings, K, seed) if how == "kmeans" else quadrant(embeddings)
     parts = [(k == i).nonzero()[:, 0] for i in range(K)]
     if sum(map(len, parts)) < classes or not all(map(len, parts)):
-        raise UserError(f"--partition {how}: with {K} students a part is empty, or a class is left over (quadrant makes 4)")
+        raise UserError(f"--partition {how}: {K} students: a part is empty, or a class is left over (quadrant makes 4)")
     return sorted(parts, key=lambda part: int(part[0])) if how == "kmeans" else parts
 
 
@@ -169,7 +173,7 @@ def quadrant(embeddings: Tensor) -> Tensor:
 
 
 def kmeans(points: Tensor, clusters: int, seed: int = 0, restarts: int = 8) -> Tensor:
-    """Cluster index [N] of points [N, d]: Lloyd's algorithm, the best of several starts. Does not depend on the points' order.
+    """Cluster index [N] of points [N, d]: Lloyd's algorithm, the best of several starts, whatever the points' order.
 
     A start takes the farthest point in a random direction, then again and again the point farthest from those taken. A
     cluster that runs empty is given the point farthest from its own centre, and that is said."""
@@ -199,13 +203,14 @@ def kmeans(points: Tensor, clusters: int, seed: int = 0, restarts: int = 8) -> T
 
 
 def read_partition(path: str, classes: int, students: int) -> list[Tensor]:
-    """A text file with one line of classes per student; # begins a comment. UserError unless each class stands there once."""
+    """A text file with one line of classes per student; # begins a comment. UserError unless each class is there
+    once."""
     try:
-        lines = [line.split("#")[0].replace(",", " ").split() for line in Path(path).read_text("utf-8-sig").splitlines()]
-        parts = [sorted(map(int, line)) for line in lines if line]
+        text = Path(path).read_text("utf-8-sig").replace(",", " ")
+        parts = [sorted(map(int, line)) for line in (row.split("#")[0].split() for row in text.splitlines()) if line]
     except (OSError, ValueError) as error:
-        raise UserError(f"--partition {path}: neither consecutive, random, kmeans, quadrant nor a text file with one line of "
-                        f"class numbers per student ({error})") from None
+        raise UserError(f"--partition {path}: no consecutive, random, kmeans or quadrant, and no text file with one "
+                        f"line of classes per student ({error})") from None
     listed = [c for part in parts for c in part]
     wrong = sorted(set(listed) ^ set(range(classes))) + [c for c in set(listed) if listed.count(c) > 1]
     if wrong or len(parts) != students:
@@ -215,7 +220,7 @@ def read_partition(path: str, classes: int, students: int) -> list[Tensor]:
 
 
 class Router:
-    """Which student answers? label [...] -> k [...], by table look-up. UserError for a class that this run does not have.
+    """Which student answers? label [...] -> k [...], by table look-up. UserError for a class that is not there.
 
     With the conditions' embeddings [classes, d] also embeddings [..., d] themselves: a row of the table goes to its own
     student, another one to that of its quadrant, if the table is split so, else of the nearest centroid."""
@@ -228,7 +233,7 @@ class Router:
     def __call__(self, label: Tensor) -> Tensor:
         if label.is_floating_point() and self.E is not None:
             return self.unseen(label)
-        if label.is_floating_point() or label.numel() and not 0 <= int(label.min()) <= int(label.max()) < len(self.table):
+        if label.is_floating_point() or not ((label >= 0) & (label < len(self.table))).all():
             raise UserError(f"labels {label.flatten()[:4].tolist()} …: this run has classes 0 to {len(self.table) - 1}")
         return self.table[label.cpu()].to(label.device)
 
@@ -249,9 +254,9 @@ def router_of(students: Students) -> Router:
 
 
 def route(students: Students, router: Router, z: Tensor, label: Tensor) -> Tensor:
-    """x [B, *shape] from z [B, *shape] and label [B]: every sample by its own student, one evaluation, in the order they came.
+    """x [B, *shape] from z [B, *shape] and label [B]: each sample by its own student, one evaluation, in their order.
 
-    A stack's students answer a block of rows each, all at once; of image students only those that are needed are read."""
+    A stack's students answer a block of rows each, all at once; of image students only those needed are read."""
     k = router(label)  # [B]
     if students.stack is None:
         x = torch.empty_like(z)
@@ -281,7 +286,7 @@ def generate(folder, label: Tensor, seeds) -> Tensor:
 # ----------------------------------------------------------------- what a run ends with
 
 def sampled(students: Students, router: Router, z: Tensor, label: Tensor, device) -> Tensor:
-    """One-step samples of labels [N] from latents z [N, *shape], on the CPU; images as uint8, one student after the other."""
+    """One-step samples of labels [N] from latents z [N, *shape], on the CPU; images as uint8, student after student."""
     students.to(device)
     stacked, chunk = students.facts.stacked, 16_384 if students.facts.stacked else students.facts.chunk
     order = torch.arange(len(label)) if stacked else router(label).argsort(stable=True)
@@ -299,14 +304,15 @@ def samplers(flags: Flags, device):
                 folder = stage_folder(flags, seed, K, stage)
                 best, last = load_students(folder), load_students(folder, "ema.pt")
                 router = router_of(best)
-                yield evaluate.Sampler(stage, K, seed, lambda z, label: sampled(best, router, z, label, device), folder, router,
-                                       best.seconds, lambda z, label: sampled(last, router, z, label, device), per_class=True)
+                yield evaluate.Sampler(
+                    stage, K, seed, lambda z, label: sampled(best, router, z, label, device), folder, router,
+                    best.seconds, lambda z, label: sampled(last, router, z, label, device), per_class=True)
 
 
 def bound(flags: Flags, given: teacher.Given, device) -> dict:
     """What a perfect f of CD gives: the distances of the N-point Heun sampler's own samples. Made once and kept.
 
-    A bound in that sense only: an f whose modes are by chance a little narrower can come nearer to the teacher's samples."""
+    A bound in that sense only: an f whose modes are by chance a little narrower can come nearer to the teacher."""
     facts, N, m = given.facts, flags.cd.points, given.facts.metric
     judged = "" if facts.stacked else run.suffix(Path(flags.run.features).stem or "classifier")
     path = Path(flags.run.out) / f"seed{given.seed}" / "reference" / f"bound-{N}{judged}.json"
@@ -323,7 +329,7 @@ def bound(flags: Flags, given: teacher.Given, device) -> dict:
 
 
 def likeness(parts: list[Tensor], embeddings: Tensor) -> list[float | None]:
-    """Mean distance of two different conditions of one part, and of two parts, by embeddings [classes, d]; None: no such two."""
+    """Mean distance of two conditions of one part, and of two parts, by embeddings [classes, d]; None: no such two."""
     k = Router(parts).table
     d, same = torch.cdist(embeddings.double().cpu(), embeddings.double().cpu()), k[:, None] == k
     return [v.mean().item() if len(v) else None for v in (d[same & ~torch.eye(len(k), dtype=torch.bool)], d[~same])]
@@ -343,11 +349,12 @@ def report(flags: Flags, inputs: dict, parts: dict, device) -> int:
     configs = {}
     for stage, _ in stages_of(flags):
         before = flags.stages.partition(stage.NAME)[0]
-        configs[stage.NAME] = {**first.ancestry, **settings(flags, stage.NAME, stage.USES), "partition": flags.partition,
-                               "student_size": flags.student_size, "begin": before or flags.init}
+        own = {"partition": flags.partition, "student_size": flags.student_size, "begin": before or flags.init}
+        configs[stage.NAME] = {**first.ancestry, **settings(flags, stage.NAME, stage.USES), **own}
     size = flags.student_size or flags.teacher.size or facts.sizes[0]
-    results = evaluate.results_of(flags.run, inputs, rows, edm.evaluations(flags.teacher.sampler_steps), configs=configs,
-                                  size=size, parameters=weights(facts.net, size), classes_of_data=facts.classes, **more)
+    results = evaluate.results_of(flags.run, inputs, rows, edm.evaluations(flags.teacher.sampler_steps), size=size,
+                                  parameters=weights(facts.net, size), classes_of_data=facts.classes,
+                                  configs=configs, **more)
     path = Path(flags.run.out) / f"results{run.suffix(tag_of(flags))}.json"
     evaluate.report(path, results, evaluate.verdicts(results))
     return 0
@@ -377,14 +384,15 @@ def plan(flags: Flags) -> int:
     held = {"teacher": t, "G": s, **fake, "averages": 2 * s, "gradients": trained, "AdamW": 2 * trained}
     print(title(flags) + "\n" + describe(flags))
     for K in flags.students:
-        print(f"K = {K}: {K * s:,} parameters, of which a sample uses {s:,}; " + ("one stack on all ranks" if facts.stacked else
-              f"{K} ranks: one a student, {2 * K} ranks: two a student (the batch divided), fewer: students in turn"))
+        print(f"K = {K}: {K * s:,} parameters, of which a sample uses {s:,}; " + (
+            "one stack on all ranks" if facts.stacked else f"{K} ranks: one a student; {2 * K}: two a student, that "
+            "share its batch; fewer: students in turn"))
         if flags.partition == "consecutive":
             print("  classes " + " | ".join(f"{Y_k[0]}-{Y_k[-1]}" for Y_k in partition(facts.classes, K)))
     print(f"memory of a student's rank, without activations: {sum(held.values()) * 4 / 2 ** 30:.2f} GiB in float32 ("
           + ", ".join(f"{k} {v * 4 / 2 ** 30:.2f}" for k, v in held.items()) + ")")
-    print(f"pairs: {flags.dm.pairs:,} times {edm.evaluations(flags.teacher.sampler_steps)} evaluations of the teacher ({t:,} "
-          f"parameters), shared by all students")
+    print(f"pairs: {flags.dm.pairs:,} times {edm.evaluations(flags.teacher.sampler_steps)} evaluations of the teacher "
+          f"({t:,} parameters)")
     return 0
 
 
@@ -392,7 +400,7 @@ def plan(flags: Flags) -> int:
 
 @command
 def main(argv=None) -> int:
-    """G_k = Distill(mu_teacher, F(D, Y_k)) for every k [MSD Eq. 1], stage after stage [MSD Eq. 4]; then what they are worth."""
+    """G_k = Distill(mu_teacher, F(D, Y_k)) for every k [MSD Eq. 1], stage after stage [MSD Eq. 4]; then measured."""
     flags = parse(Flags, PRESETS, argv, __doc__)
     check(flags, CONFLICTS)
     if flags.run.dry_run:
@@ -400,7 +408,7 @@ def main(argv=None) -> int:
     ranks = run.start(flags.run)                                            # torchrun's, or this process alone
     if ranks.rank == 0:
         print(f"{title(flags)}, on {ranks.device}", flush=True)
-    inputs = teacher.prepare(flags, ranks)                                  # {seed: mu_teacher, D, what to compare with}
+    inputs = teacher.prepare(flags, ranks)                                  # {seed: mu_teacher, D, references}
 
     students, parts = [], {}
     for seed, given in inputs.items():

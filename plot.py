@@ -1,17 +1,12 @@
 """Every picture, drawn from the files of a run folder alone: `python plot.py runs/toy [TAG]` draws them again.
 
-With --compare TAG TAG …: variants side by side ("none": the one without a tag; TAG/dm: an earlier stage).
-
-  msd.py      figure4, l1, students, teacher (the toy); samples, fd (images); training, gan, stages, figure8 (both)
-  o2mkd.py    samples-o2mkd, students-o2mkd, losses-o2mkd, drift-o2mkd, curve-o2mkd
-
-The one file that imports matplotlib. Every figure is made by `page`, whose layout keeps all text whole.
+With --compare TAG TAG …: variants side by side (none: the one without a tag; TAG/dm: an earlier stage). The one file
+that imports matplotlib. Every figure is made by `page`, whose layout keeps all text whole.
 """
 import argparse
 import csv
 import math
 import os
-import re
 import textwrap
 from collections import defaultdict
 from pathlib import Path
@@ -35,51 +30,32 @@ plt.rcParams.update({"figure.dpi": 110, "savefig.dpi": 110, "axes.spines.top": F
 DENSITY = LinearSegmentedColormap.from_list("density", ["#ffffff", "#9ecae1", "#2171b5", "#08306b", "#000000"])
 GAP = LinearSegmentedColormap.from_list("gap", ["#ffffff", "#fdae6b", "#d94801", "#4a1486"])
 DARK, BLUE, ORANGE = "#08306b", "#2171b5", "#d94801"
-PLANE = {"xlabel": "$x_1$", "ylabel": "$x_2$", "aspect": "equal"}  # of the toy's samples
-VIEW = PLANE | {"xlim": (-0.65, 0.65), "ylim": (-0.65, 0.65)}
+VIEW = dict(xlabel="$x_1$", ylabel="$x_2$", aspect="equal", xlim=(-0.65, 0.65), ylim=(-0.65, 0.65))  # of the toy's x
+CLOSE = VIEW | dict(xlim=(0.36, 0.64), ylim=(-0.14, 0.14))
 
 
 class Whole(ConstrainedLayoutEngine):
-    """Layout of every figure: no text is cut off or lies on another, however few or many panels there are.
-
-    matplotlib finds room for labels, legends and the height of titles, but lets a title run over the sides of its
-    panel: here titles and axis labels are broken into lines as long as their panel."""
+    """Layout of every figure: titles and labels are broken into lines as long as their panel, so that no text is cut
+    off or lies on another. A formula is one word: no spaces in it."""
 
     def execute(self, fig):
-        for _ in range(4):  # more lines leave the panels less room
+        for _ in range(5):  # more lines leave the panels less room
             super().execute(fig)
-            changed = [break_lines(text, 0.97 * fig.bbox.width) for text in fig.texts]
+            rooms = [(text, 0.97 * fig.bbox.width) for text in fig.texts]
             for ax in fig.axes:
-                changed += [break_lines(text, ax.bbox.width) for text in (ax.title, ax.xaxis.label)]
-                changed += [break_lines(ax.yaxis.label, ax.bbox.height)]
-            if not any(changed):
-                return
-
-
-def break_lines(text, room: float) -> bool:
-    """Break a text into lines of at most `room` pixels; smaller letters if a word is longer. Did anything change?"""
-    def length(words: str) -> float:
-        text.set_text(words)
-        box = text.get_window_extent()
-        return box.height if text.get_rotation() else box.width
-
-    before, lines = text.get_text(), [""]
-    for word in re.findall(r"(?:\$[^$]*\$|\S)+", before):  # a formula is one word
-        longer = f"{lines[-1]} {word}".strip()
-        if length(longer) <= room or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    longest = length("\n".join(lines))
-    if longest > room:
-        text.set_fontsize(0.98 * text.get_fontsize() * room / longest)
-    return text.get_text() != before or longest > room
+                rooms += [(ax.title, ax.bbox.width), (ax.xaxis.label, ax.bbox.width), (ax.yaxis.label, ax.bbox.height)]
+            for text, room in rooms:
+                words, box = text.get_text(), text.get_window_extent()
+                excess = (box.height if text.get_rotation() else box.width) / room
+                if excess > 1:
+                    letters = max(map(len, words.split("\n"))) / excess
+                    text.set_text(textwrap.fill(words, int(letters), break_on_hyphens=False))
 
 
 def page(columns: int, width: float, height: float, pictures=False, sharey=False):
     """A figure and its axes [columns], each `width` x `height` inches with its labels; pictures: no gaps between."""
-    layout = Whole(compress=pictures)
-    fig, axes = plt.subplots(1, columns, figsize=(columns * width, height), layout=layout, sharey=sharey, squeeze=False)
+    fig, axes = plt.subplots(1, columns, figsize=(columns * width, height), layout=Whole(compress=pictures),
+                             sharey=sharey, squeeze=False)
     for ax in axes[0]:
         ax.locator_params(axis="x", nbins=int(width))  # room for six digits
     return fig, axes[0]
@@ -112,9 +88,15 @@ def short(value: float) -> str:
     return f"{value:#.3g}" if abs(value) < 100 else f"{value:,.0f}"
 
 
-def named(results: dict) -> str:
-    """The distance, as an axis names it."""
-    return "$\\ell_1$" if results["metric"] == "l1" else results["title"]
+def aim(results: dict, stages) -> str:
+    """Which distance is asked of these stages: to the data, but of the toy's DM or CD alone to the teacher."""
+    return "l1" if results["metric"] == "l1" and {*stages} <= {"dm", "cd"} else f"{results['metric']}_data"
+
+
+def distance(results: dict, m: str) -> str:
+    """A distance, as an axis names it; those of images by which checkpoints are chosen are to the data, too."""
+    name = "$\\ell_1$" if results["metric"] == "l1" else results["title"]
+    return f"{name} to the {'teacher' if m == 'l1' else 'data'}"
 
 
 def save(fig: plt.Figure, path: Path) -> Path:
@@ -129,7 +111,7 @@ def beside(path: Path, document: Path) -> str:
     return os.path.relpath(path, document.parent)
 
 
-# ---------------------------------------- curves
+# ------------------------------------------------------------- curves
 
 def read_metrics(folder: Path) -> dict:
     """metrics.csv -> {name: {student: (steps, values)}}; of image students, the files of all student folders."""
@@ -153,23 +135,27 @@ def over_students(by_student: dict) -> tuple[np.ndarray, np.ndarray]:
     return np.array(sorted(at)), np.array([np.mean(at[step]) for step in sorted(at)])
 
 
-def curves(xlabel: str, shown: list, sharey: bool = False):
-    """A panel for each (title, y axis, its scale, lines [(label, style, colour, (x, y))], dotted levels) with lines."""
+def curves(xlabel: str, shown: list, doubling: bool = False):
+    """A panel for each (title, y axis, its scale, {label: (style, colour, (x, y) or (x, y, error))}, dotted levels) that
+    has lines. doubling: x in powers of 2; y and legend are shared."""
     shown = [panel for panel in shown if panel[3]]
-    fig, axes = page(len(shown), max(4.8, 7.4 / len(shown)), 4, sharey=sharey)
+    fig, axes = page(len(shown), max(4.8, 7.4 / len(shown)), 4, sharey=doubling)
     for ax, (title, ylabel, scale, lines, dotted) in zip(axes, shown):
-        ax.set(title=title, xlabel=xlabel, ylabel=ylabel, yscale=scale)
-        for label, style, colour, (x, y) in lines:
-            ax.plot(x, y, style, color=colour, label=label, marker="o" if len(x) < 15 else None)
+        ax.set(title=title, xlabel=xlabel, ylabel=ylabel if ax is axes[0] or not doubling else "", yscale=scale)
+        for label, (style, colour, xy) in lines.items():
+            ax.errorbar(*xy, fmt=style, color=colour, label=label, marker="o" if len(xy[0]) < 15 else None)
         for level in dotted:
             ax.axhline(level, ls=":", color="k", lw=1)
-        legend(ax)
+        if doubling:
+            log2_axis(ax)
+        if ax is axes[-1] or not doubling:
+            legend(ax)
     return fig, axes
 
 
 # curves of a stage: title, y axis, its scale, metrics ("…, ": of each noise level, for the largest K), dotted levels
 PANELS = {
-    "dm": [("Gap that drives the KL term", r"mean $|\mu_{fake} - \mu_{real}|$", "log", ["gap"], []),
+    "dm": [("Gap that drives the KL term", r"mean $|\mu_{fake}-\mu_{real}|$", "log", ["gap"], []),
            ("Regression loss", "distance to $y$", "log", ["regression"], []),
            ("Fake denoiser's loss, largest K", "weighted loss", "linear", ["fake loss, "], [])],
     "cd": [("Consistency loss, largest K", "distance of neighbours", "log", ["consistency loss, "], [])],
@@ -182,28 +168,26 @@ PANELS = {
 def training(folders: dict, stage: str, metric: str, ylabel: str) -> plt.Figure:
     """[MSD Fig. 6]: a stage's curves {K: folder}: a colour per K, means over its students."""
     runs, shown = {K: read_metrics(folder) for K, folder in folders.items()}, []
-    largest = runs[max(runs)]
-    distance = ("Distance of each student on its own classes", ylabel, "linear", [metric], [])
-    for title, unit, scale, names, dotted in [distance, *PANELS[stage]]:
-        lines = []
+    distances = ("Distance of each student on its own classes", ylabel, "linear", [metric], [])
+    for title, unit, scale, names, dotted in [distances, *PANELS[stage]]:
+        lines, largest = {}, runs[max(runs)]
         for i, (K, metrics) in enumerate(runs.items()):
-            for name, style in zip(names, ("-", "--")):
-                if name in metrics:
-                    label = f"K = {K}" if len(names) == 1 else name if i == 0 else None
-                    lines.append((label, style, shade(i, len(runs)), over_students(metrics[name])))
+            for name, style in zip(filter(metrics.get, names), ("-", "--")):
+                label = f"K = {K}" + f": {name}" * (len(names) > 1)
+                lines[label] = style, shade(i, len(runs)), over_students(metrics[name])
         bands = [name for name in largest if names[0].endswith(", ") and name.startswith(names[0])]
         for i, name in enumerate(bands):
-            lines.append((name.split(", ")[1], "-", shade(i, len(bands)), over_students(largest[name])))
+            lines[name.split(", ")[1]] = "-", shade(i, len(bands)), over_students(largest[name])
         shown.append((title, unit, scale, lines, dotted))
     return curves(f"generator updates of {stage.upper()}", shown)[0]
 
 
 def losses(folder: Path, N: int) -> plt.Figure:
     """[O2MKD Fig. 9]: each loss of one student's training, relative to its first value; single batches."""
-    lines = []
-    for i, (name, of_student) in enumerate(read_metrics(folder).items()):
+    lines = {}
+    for name, of_student in read_metrics(folder).items():
         steps, value = next(iter(of_student.values()))  # a student that starts as the teacher begins at 0
-        lines.append((f"{name} loss", "-", shade(i, 3), (steps, np.array(value) / (value[0] or 1.0))))
+        lines[f"{name} loss"] = "-", shade(len(lines), 3), (steps, np.array(value) / (value[0] or 1.0))
     title = f"Losses of a student (N = {N}), first seed"
     return curves("updates", [(title, "loss of the batch / that of the first", "log", lines, [])])[0]
 
@@ -211,7 +195,7 @@ def losses(folder: Path, N: int) -> plt.Figure:
 def teacher_error(e: dict) -> plt.Figure:
     """The trained denoiser against the exact one, by noise level."""
     title, ylabel = "The trained teacher against the exact denoiser", r"RMS error of $D$ / $c_{out}(\sigma)$"
-    lines = [("the teacher", "-", BLUE, (e["sigma"], e["error"]))]
+    lines = {"the teacher": ("-", BLUE, (e["sigma"], e["error"]))}
     fig, (ax,) = curves(r"noise level $\sigma$ (dotted: std of a Gaussian)", [(title, ylabel, "log", lines, [])])
     ax.axvline(toy_mog.STD, ls=":", color="k", lw=1)
     ax.set_xscale("log")
@@ -220,43 +204,52 @@ def teacher_error(e: dict) -> plt.Figure:
 
 def steps_curve(results: dict) -> plt.Figure:
     """[O2MKD Fig. 6]: distance to the data against the multiply-adds of a sample, for each sampler a line per N."""
-    cost, shown = results["cost"], []
+    cost, m, shown = results["cost"], f"{results['metric']}_data", []
     for sampler in ("heun", "ddim"):
-        runs = {int(s.split("-")[1]): of_n for s, of_n in results["stages"].items() if s.startswith(f"{sampler}-")}
-        lines = []
+        stages, lines = [stage for stage in results["stages"] if stage.startswith(sampler)], {}
+        runs = {n: results["stages"][f"{sampler}-{n}"] for n in sorted(int(stage.split("-")[1]) for stage in stages)}
         for i, N in enumerate(sorted(cost, key=int)):
             each = cost[N]["multiply_adds"] / results["teacher"]["evaluations"] / 1e6
-            steps = [n for n in sorted(runs) if N in runs[n]]
-            x = [each * (2 * n - 1 if sampler == "heun" else n) for n in steps]
-            y = [runs[n][N][f"{results['metric']}_data"] for n in steps]
+            xy = [(each * (2 * n - 1 if sampler == "heun" else n), of_n[N][m]) for n, of_n in runs.items() if N in of_n]
             label, colour = (f"N = {N}", shade(i, len(cost))) if int(N) else ("teacher", ORANGE)
-            lines.append((label, "-", colour, (x, y)))
-        title = f"{sampler}; from left to right {', '.join(map(str, sorted(runs)))} steps"
-        shown.append((title, f"{named(results)} to the data", "linear", lines, []))
-    fig, axes = curves("million multiply-adds of a sample", shown, sharey=True)
-    for ax in axes:
-        log2_axis(ax)
+            lines[label] = "-", colour, np.reshape(xy, (-1, 2)).T
+        title = f"{sampler}; from left to right {', '.join(map(str, runs))} steps"
+        shown.append((title, distance(results, m), "linear", lines, []))
+    return curves("million multiply-adds of a sample", shown, doubling=True)[0]
+
+
+def figure8(sets: dict) -> plt.Figure:
+    """[MSD Fig. 8]: distance to the data against the classes that a student covers: a line per size {size: results}."""
+    shown = []
+    for stage in dict.fromkeys(stage for r in sets.values() for stage in r["stages"]):
+        lines = {}
+        for i, (size, r) in enumerate(sets.items()):
+            m, of_k = f"{r['metric']}_data", r["stages"].get(stage, {})
+            xy = [(r["classes_of_data"] / int(K), row[m], row[f"{m}_sd"] or 0) for K, row in of_k.items()]
+            lines[f"{size}: {r['parameters']:,} parameters"] = "-", shade(i, len(sets)), np.reshape(xy, (-1, 3)).T
+        lines["teacher"] = "--", ORANGE, ([1, r["classes_of_data"]], [r["teacher"][m]] * 2)
+        shown.append((f"after {stage.upper()}", distance(r, m), "linear", lines, []))
+    fig, axes = curves("classes that a student covers", shown, doubling=True)
+    axes[0].set_ylim(0, 1.05 * axes[0].get_ylim()[1])
     return fig
 
 
 def feature_drift(found: dict) -> plt.Figure:
     """[O2MKD Fig. 1]: the teacher's bottleneck by noise level: its activations; how far every two levels are apart."""
     fig, (left, right) = page(2, 5.6, 4.2)
-    sigma, q = np.array(found["sigma"]), np.array(found["quantiles"])
-    left.fill_between(sigma, q[:, 0], q[:, 4], color=BLUE, alpha=0.25, lw=0, label="1 to 99 %")
-    left.fill_between(sigma, q[:, 1], q[:, 3], color=BLUE, alpha=0.5, lw=0, label="25 to 75 %")
-    left.plot(sigma, q[:, 2], color=DARK, label="median")
+    sigma, q = found["sigma"], np.array(found["quantiles"]).T
+    for i, label in enumerate(("1 to 99 %", "25 to 75 %")):
+        left.fill_between(sigma, q[i], q[4 - i], color=BLUE, alpha=0.3, lw=0, label=label)
+    left.plot(sigma, q[2], color=DARK, label="median")
     left.set(title="Activations of the bottleneck", xlabel=r"noise level $\sigma$", ylabel="activation", xscale="log")
     legend(left)
-    fig.colorbar(right.imshow(found["distance"], origin="lower"), ax=right)
-    ticks = range(0, len(sigma), math.ceil(len(sigma) / 5))
-    names = [f"{sigma[i]:.2g}" for i in ticks]
+    fig.colorbar(right.pcolormesh(sigma, sigma, found["distance"], shading="gouraud"), ax=right)
     right.set(title="Fréchet distance of the features of two levels", xlabel=r"$\sigma$", ylabel=r"$\sigma$",
-              xticks=ticks, xticklabels=names, yticks=ticks, yticklabels=names)
+              xscale="log", yscale="log", aspect="equal")
     return fig
 
 
-# ---------------------------------------- samples and distances
+# --------------------------------------------- samples and distances
 
 def image_panels(panels: dict, columns: int) -> plt.Figure:
     """Panels of images side by side: {title: x [N, C, H, W] uint8}, `columns` images wide each."""
@@ -271,28 +264,33 @@ def image_panels(panels: dict, columns: int) -> plt.Figure:
     return fig
 
 
-def side_by_side(home: Path, toy: bool, teacher: str, folders: dict, differences: bool = False) -> plt.Figure:
+def titled(who: str, results: dict, row: dict, m: str) -> str:
+    """A panel's title: whose samples, and how far they are, with the first seed."""
+    first = row["per_seed"][0]
+    return f"{who}: {distance(results, m)} {short(first[m if m in first else 'floor'])}"
+
+
+def side_by_side(home: Path, teacher: str, folders: dict, differences: bool = False) -> plt.Figure:
     """[MSD Fig. 4, 9]: samples of the teacher, so titled, and of students {title: folder}: of the toy histograms, and
     how they differ from the teacher's; of images a row for each of the first 12 classes."""
     made = {title: run.load_tensors(folder / "samples.pt") for title, folder in folders.items()}
     sets = {teacher: run.load_shards(home / "reference", "report")} | {title: s["x"] for title, s in made.items()}
-    if not toy:
+    if sets[teacher].ndim > 2:
         label = next(iter(made.values()))["label"]
         pick = torch.cat([(label == c).nonzero()[:8, 0] for c in label.unique()[:12]])
         return image_panels({title: images.to_uint8(x[pick]) for title, x in sets.items()}, 8)
-    e, panels = toy_mog.EXTENT, []
-    for title, x in sets.items():
-        panels.append((title, toy_mog.histogram(x)[:-1].numpy() / len(x), DENSITY))  # the last bin: outside
-    share = panels[0][1]
-    for title, other, _ in panels[1:] if differences else ():
-        panels.append((f"|difference|, {title.split(',')[0]}", np.abs(other - share), GAP))
+    e, shares = toy_mog.EXTENT, {title: toy_mog.histogram(x)[:-1].numpy() / len(x) for title, x in sets.items()}
+    panels = [(title, share, DENSITY) for title, share in shares.items()]  # without the last bin, which is outside
+    for title in folders if differences else ():
+        panels.append((f"|difference|, {title.split(',')[0]}", np.abs(shares[title] - shares[teacher]), GAP))
     fig, axes = page(len(panels), 3.4, 4.2, pictures=True)
+    top = np.quantile(shares[teacher][shares[teacher] > 0], 0.98)
     for ax, (title, values, colours) in zip(axes, panels):
-        ax.imshow(values.reshape(toy_mog.BINS, -1).T ** 0.5, cmap=colours, vmin=0, extent=(-e, e, -e, e),
-                  vmax=np.quantile(share[share > 0], 0.98) ** 0.5, interpolation="nearest", origin="lower")
+        ax.imshow(values.reshape(toy_mog.BINS, -1).T ** 0.5, cmap=colours, vmin=0, vmax=top ** 0.5,
+                  extent=(-e, e, -e, e), interpolation="nearest", origin="lower")
         ax.set(title=title, xticks=[], yticks=[], **VIEW)
         ax.spines[:].set_visible(True)
-    fig.suptitle(f"Mixture of 64 Gaussians, 8 classes: histograms of {len(x):,} samples; colour: square root of share")
+    fig.suptitle(f"Histograms of {len(sets[teacher]):,} samples; colour: square root of share")
     return fig
 
 
@@ -308,8 +306,7 @@ def by_student(folder: Path, K: int) -> plt.Figure:
     right.scatter(*x[label == 0].T, s=2, c=student[label == 0] + 1, **colours)
     for m in toy_mog.means()[0].numpy():
         right.add_patch(plt.Circle(m, 4 * toy_mog.STD, fill=False, lw=0.8))
-    right.set(title="Class 0 close up; circles: 4 std of the data's Gaussians", xlim=(0.36, 0.64), ylim=(-0.14, 0.14),
-              **PLANE)
+    right.set(title="Class 0 close up; circles: 4 std of the data's Gaussians", **CLOSE)
     return fig
 
 
@@ -323,14 +320,13 @@ def scatter(arrays: dict, names: list[str]) -> plt.Figure:
 
 
 def bars(results: dict, rows: dict) -> plt.Figure:
-    """[MSD Table 1, 5]: distance against K, stages {stage: {K: row}} side by side: to the data, but of the toy's DM or
-    CD alone to the teacher."""
-    m, toy, t = results["metric"], results["metric"] == "l1", results["teacher"]
-    to, lines = "teacher", {"floor: two draws of the teacher": results.get("floor")}
-    if not toy or list(rows) not in (["dm"], ["cd"]):
-        m, to, floor = f"{m}_data", "data", "two draws of the data" if toy else "test images"
+    """[MSD Table 1, 5]: distance against K, stages {stage: {K: row}} side by side."""
+    m, t, bound = aim(results, rows), results["teacher"], results.get("bound", {})
+    lines = {"floor: two draws of the teacher": results.get("floor")}
+    if m != "l1":
+        floor = "two draws of the data" if m == "l1_data" else "test images"
         lines = {f"teacher, {t['evaluations']} evaluations": t[m], floor: results["floor_data"]}
-    if m in (bound := results.get("bound", {})):
+    if m in bound:
         lines[f"{bound['points']}-point Heun sampler"] = bound[m]
     ks, width = sorted(map(int, set().union(*rows.values()))), 0.8 / len(rows)
     fig, (ax,) = page(1, max(5.6, 1 + 0.6 * len(ks) * len(rows)), 4.4)
@@ -343,29 +339,10 @@ def bars(results: dict, rows: dict) -> plt.Figure:
             ax.plot([at] * len(row["per_seed"]), [p[m] for p in row["per_seed"]], "o", color=DARK)
             ax.annotate(short(row[m]), (at, 0), (0, 3), textcoords="offset points", ha="center", fontsize=8)
     levels(ax.axhline, lines)
-    ax.set(xticks=range(len(ks)), xticklabels=ks, ylabel=f"{named(results)} to the {to}", ylim=(0, None),
+    ax.set(xticks=range(len(ks)), xticklabels=ks, ylabel=distance(results, m), ylim=(0, None),
            xlabel="number of students" + (f" of size {results['size']}" if "size" in results else " by noise level"))
     fig.suptitle("Stage by stage" if len(rows) > 1 else "More students, better samples?")
     legend(ax, above=True)
-    return fig
-
-
-def figure8(sets: dict) -> plt.Figure:
-    """[MSD Fig. 8]: distance to the data against the classes that a student covers: a line per size {size: results}."""
-    names = list(dict.fromkeys(stage for r in sets.values() for stage in r["stages"]))
-    fig, axes = page(len(names), 5.2, 4, sharey=True)
-    for ax, stage in zip(axes, names):
-        for i, (size, r) in enumerate(sets.items()):
-            m, of_k = f"{r['metric']}_data", r["stages"].get(stage, {})
-            ks = sorted(of_k, key=int)
-            error = [of_k[K][f"{m}_sd"] or 0 for K in ks]
-            ax.errorbar([r["classes_of_data"] / int(K) for K in ks], [of_k[K][m] for K in ks], error, marker="o",
-                        capsize=3, color=shade(i, len(sets)), label=f"{size}: {r['parameters']:,} parameters")
-        ax.axhline(r["teacher"][m], ls="--", color=ORANGE, lw=1, label="teacher")
-        ax.set(title=f"after {stage.upper()}", xlabel="classes that a student covers")
-        log2_axis(ax)
-    axes[0].set(ylabel=f"{named(r)} to the data", ylim=(0, 1.05 * axes[0].get_ylim()[1]))
-    legend(axes[-1])
     return fig
 
 
@@ -405,72 +382,70 @@ def claim(name: str, text: str, numbers: dict, metric: str, lines: dict, curves:
     return fig
 
 
-# ---------------------------------------- the command
+# -------------------------------------------------------- the command
 
 def compare(out: Path, tags: list[str]) -> plt.Figure:
     """The largest K of each TAG or TAG/STAGE, the teacher first. UserError if they don't belong together."""
     folders, homes = {}, set()
     for name in tags:
         tag, _, stage = name.partition("/")
-        tag = "" if tag == "none" else tag
-        results = run.load_json(out / f"results{run.suffix(tag)}.json", "seeds", "stages")
+        suffix = run.suffix("" if tag == "none" else tag)
+        results = run.load_json(out / f"results{suffix}.json", "seeds", "stages")
         rows, home, m = results["stages"], out / f"seed{results['seeds'][0]}", f"{results['metric']}_data"
         stage = stage or list(rows)[-1]
         homes.add(home)
         if stage not in rows or len(homes) > 1:
             raise UserError(f"--compare {name}: no stage {stage}, or another first seed than {tags[0]}")
         K = max(rows[stage], key=int)
-        title = f"{name}, K = {K}, {stage.upper()}: to data {short(rows[stage][K]['per_seed'][0][m])}"
-        folders[title] = home / f"students{K}{run.suffix(tag)}" / stage
-    teacher = f"teacher: {named(results)} to data {short(results['teacher']['per_seed'][0][m])}"
-    return side_by_side(home, m == "l1_data", teacher, folders)
+        title = titled(f"{name}, K = {K}, {stage.upper()}", results, rows[stage][K], m)
+        folders[title] = home / f"students{K}{suffix}" / stage
+    return side_by_side(home, titled("teacher", results, results["teacher"], m), folders)
 
 
 def draw(out, tag: str = "") -> list[Path]:
     """Draw every figure that the files of a run folder allow; returns their paths."""
     out, suffix = Path(out), run.suffix(tag)  # a tag that cannot be part of a file's name has no results
     results = run.load_json(out / f"results{suffix}.json", "seeds", "students", "stages", "metric")
-    home, m, t, rows = out / f"seed{results['seeds'][0]}", results["metric"], results["teacher"], results["stages"]
-    toy, by_noise = m == "l1", "method" in results  # by noise level: the tags are o2mkd and o2mkd-TAG
-    ks, last = sorted(map(int, results["students"])), "o2mkd" if by_noise else list(rows)[-1]
+    home, rows, toy = out / f"seed{results['seeds'][0]}", results["stages"], results["metric"] == "l1"
+    ks, by_noise = sorted(map(int, results["students"])), "method" in results
+    last = "o2mkd" if by_noise else list(rows)[-1]
 
-    def folders(stage: str) -> dict:
-        name = f"o2mkd{{}}{suffix.removeprefix('-o2mkd')}" if by_noise else f"students{{}}{suffix}/{stage}"
-        return {K: home / name.format(K) for K in ks}
+    def folder(K: int, stage: str) -> Path:  # by noise level the tags are o2mkd and o2mkd-TAG
+        return home / (f"o2mkd{K}{suffix.removeprefix('-o2mkd')}" if by_noise else f"students{K}{suffix}/{stage}")
 
-    cost, evaluations, titles = "one evaluation", t["evaluations"], {}
-    if by_noise:  # the teacher's kept samples are always Heun's
-        cost, evaluations = f"{evaluations} evaluations in turn", 2 * results["steps"] - 1
+    evaluations, m = results["teacher"]["evaluations"], aim(results, [last])
+    cost = f"{evaluations} evaluations in turn" if by_noise else "one evaluation"
+    teacher = f"teacher, {2 * results['steps'] - 1 if by_noise else evaluations} evaluations"  # its kept samples: Heun's
+    shown = {}
     for K in sorted({ks[0], ks[-1]}) if toy else ks:
-        l1 = f"; to the teacher: $\\ell_1 = {results['students'][str(K)]['per_seed'][0]['l1']:.3f}$" if toy else ""
-        titles[f"{K} student{'s' * (K > 1)}, {cost}{l1}"] = folders(last)[K]
-    floor = f"; two draws of it: $\\ell_1 = {t['per_seed'][0]['floor']:.3f}$" if toy else ""
-    samples = side_by_side(home, toy, f"teacher, {evaluations} evaluations{floor}", titles, differences=True)
+        title = titled(f"{K} student{'s' * (K > 1)}, {cost}", results, results["students"][str(K)], m)
+        shown[title] = folder(K, last)
+    samples = side_by_side(home, titled(teacher, results, results["teacher"], m), shown, differences=True)
     against_k = bars(results, {last: results["students"]})
     if by_noise:
         figures = {"samples": samples, "students": against_k}
-        first, drift = folders(last)[ks[0]] / ("" if toy else "student0"), home / "teacher" / "drift.json"
+        first, drift = folder(ks[0], last) / ("" if toy else "student0"), home / "teacher" / "drift.json"
         if read_metrics(first):
             figures["losses"] = losses(first, ks[0])
         if drift.exists():
             figures["drift"] = feature_drift(run.load_json(drift, "sigma"))
         if any(stage.startswith("heun-") for stage in rows):
             figures["curve"] = steps_curve(results)
-        return [save(fig, out / "figures" / f"{name}{suffix}.png") for name, fig in figures.items()]
-    figures = {"figure4": samples, "l1": against_k} if toy else {"samples": samples, "fd": against_k}
-    if toy:
-        figures["students"] = by_student(folders(last)[ks[-1]], ks[-1])
-    for stage in filter(rows.get, PANELS):
-        name, of, to = ("gan", f"{m}_data", "data") if stage == "adm" else ("training", m, "teacher" if toy else "data")
-        figures[name] = training(folders(stage), stage, of, f"{named(results)} to the {to}")
-    if last not in ("dm", "cd"):
-        figures["stages"] = bars(results, rows)
-    if (error := home / "teacher" / "error.json").exists():
-        figures["teacher"] = teacher_error(run.load_json(error, "sigma", "error"))
+    else:
+        figures = {"figure4": samples, "l1": against_k} if toy else {"samples": samples, "fd": against_k}
+        if toy:
+            figures["students"] = by_student(folder(ks[-1], last), ks[-1])
+        for stage in filter(rows.get, PANELS):
+            name, m = ("gan", aim(results, rows)) if stage == "adm" else ("training", results["metric"])
+            figures[name] = training({K: folder(K, stage) for K in ks}, stage, m, distance(results, m))
+        if last not in ("dm", "cd"):
+            figures["stages"] = bars(results, rows)
+        if (error := home / "teacher" / "error.json").exists():
+            figures["teacher"] = teacher_error(run.load_json(error, "sigma", "error"))
     figures = {f"{name}{suffix}": fig for name, fig in figures.items()}
     paths = [out / f"results{run.suffix(size)}.json" for size in ("XXS", "XS", "S", "B", "")]
     sizes = [r for r in map(run.load_json, filter(Path.exists, paths)) if len(r["students"]) > 1]
-    if len(sizes) > 1:
+    if len(sizes) > 1 and not by_noise:
         figures["figure8"] = figure8({r["size"]: r for r in sizes})
     return [save(fig, out / "figures" / f"{name}.png") for name, fig in figures.items()]
 

@@ -1,4 +1,4 @@
-"""Post-distillation, the paper's baseline for small students: imitate the best one-step students [MSD Sec. 4.1, Table 1].
+"""Post-distillation, the paper's baseline for small students: imitate the best large ones [MSD Sec. 4.1, Table 1].
 
 A small student G learns z -> G_best(z) from the ADM students of full size of the same K, by the regression loss
 [MSD Eq. 9] on fresh latents: no teacher, no data, no fake denoiser.
@@ -15,11 +15,12 @@ from dmd import one_step, regression_loss
 
 NAME, BY = "post", "data"  # what a student's best checkpoint is nearest to
 USES = {name: f"dm.{name}" for name in ("batch", "beta1", "beta2", "decay", "warmup", "clip_norm", "ema", "distance",
-                                        "select_samples", "eval_every")} | {"post_lr": "dm.reg_lr", "student_size": "student_size"}
+                                        "select_samples", "eval_every")}
+USES |= {"post_lr": "dm.reg_lr", "student_size": "student_size"}
 
 
 def length(flags) -> tuple[int, int]:
-    """Updates of this stage, those of the three others together (what the small student's other way costs); its batch."""
+    """Updates of this stage, those of the three others together (what they cost), and its batch."""
     return flags.tsm.steps + flags.dm.steps + flags.adm.steps, flags.dm.batch
 
 

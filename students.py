@@ -1,9 +1,9 @@
 """Students, in general: what they start from, where they lie, what a stage's loop is handed, and `distil`.
 
-The toy's students of all K and seeds train as one stack (one batched matmul a layer), images' students one by one, or on
-ranks of their own. A stage is a module: NAME, BY (the distance that chooses its best checkpoint), USES (flags of others that
-its result depends on), length, train. Not here: which classes a student has (msd.py), teacher and pairs (teacher.py).
-"""
+The toy's students of all K and seeds train as one stack (one batched matmul a layer), images' students one by one, or
+on ranks of their own. A stage is a module: NAME, BY (the distance that chooses its best checkpoint), USES (flags of
+others that its result depends on), length, train. Not here: a student's classes (msd.py), teacher and pairs
+(teacher.py). """
 import contextlib
 import functools
 import hashlib
@@ -68,7 +68,7 @@ def _network(path: Path, changed: int) -> Network:
 
 
 def rows_of(net: nn.Module, rows: slice, students: int) -> dict:
-    """The state of some students of a stack, on the CPU; a stack of one is taken whole, whatever its tensors' shapes."""
+    """The state of some students of a stack, on the CPU; a stack of one is taken whole."""
     return {k: (v if students == 1 else v[rows]).detach().cpu().clone() for k, v in net.state_dict().items()}
 
 
@@ -116,15 +116,16 @@ def start_from(home: Path, file: str, k: int, classes: tuple[int, ...] = ()) -> 
     row = k if place == home else 0
     if classes and sorted(saved["partition"][row]) != sorted(classes):
         raise UserError(f"{home}: its student {k} has other classes; start from students of the same --partition")
-    return Start(f"{home.parent.name}/{home.name} {digest}", saved["size"], lambda: one_of(load_network(place / file), row))
+    name = f"{home.parent.name}/{home.name} {digest}"
+    return Start(name, saved["size"], lambda: one_of(load_network(place / file), row))
 
 
 def checkpoint(path: str, facts: data.Facts) -> Start:
-    """--init PATH: a teacher's or a single student's checkpoint. UserError if it is of other data, or a stack of several."""
+    """--init PATH: a teacher's or a single student's checkpoint. UserError if of other data, or a stack of several."""
     found = load_network(path)
     if (found.facts.shape, found.facts.classes) != (facts.shape, facts.classes) or len(found.parts or [0]) > 1:
-        raise UserError(f"--init {path}: {len(found.parts or [0])} network(s) of {found.facts.name}, {found.facts.shape}, "
-                        f"{found.facts.classes} classes; one of {facts.name}, {facts.shape}, {facts.classes} classes is needed")
+        raise UserError(f"--init {path}: {len(found.parts or [0])} network(s) of {found.facts.name}; needed is one of "
+                        f"{facts.name}, {facts.shape}")
     return Start(common.fingerprint(found.D), found.size, lambda: found.D)
 
 
@@ -147,7 +148,7 @@ def first_start(flags, s: Student, given) -> Student:
     else:
         start = checkpoint(init, given.facts)
     if start.size != size:
-        raise UserError(f"--init {init}: of size {start.size}, but the students are of {size}; give another --student-size")
+        raise UserError(f"--init {init}: of size {start.size}, not {size}; give another --student-size")
     return replace(s, start=start)
 
 
@@ -207,7 +208,7 @@ def config(stage, flags, s: Student, given) -> dict:
 
 
 def imitated(flags, s: Student) -> Start:
-    """The student that post-distillation copies: its namesake after ADM, of full size, without a tag but the partition's."""
+    """The student that post-distillation copies: its namesake after ADM, of full size, with the partition's tag."""
     home = stage_folder(flags, s.seed, s.K, "adm", split_name(flags.partition))
     return start_from(home, "best.pt", s.k, s.classes)
 
@@ -217,7 +218,7 @@ def imitated(flags, s: Student) -> Start:
 class Selection:
     """select(G) -> [M]: the distance of each student's samples of its own classes from the reference's [MSD App. E].
 
-    by: "teacher" or "data"; latents and reference are other draws than the reported ones. The ranks share the samples."""
+    by: "teacher" or "data"; latents and reference are other draws than the reported ones. Ranks share the samples."""
 
     def __init__(self, by: str, students: list[Student], inputs: dict, samples: int, ranks: Ranks):
         given = inputs[students[0].seed]
@@ -234,10 +235,12 @@ class Selection:
         label = torch.stack([c[torch.arange(n, device=c.device) % len(c)] for c in draws.classes])
         z, part = draws.normal(0, "z", n, *self.facts.shape), self.ranks.parts(n)[0]
         chunk = min(4096, self.facts.chunk)
-        x = torch.cat([dmd.one_step(G, a, b) for a, b in zip(z[:, part].split(chunk, 1), label[:, part].split(chunk, 1))], 1)
+        chunks = zip(z[:, part].split(chunk, 1), label[:, part].split(chunk, 1))
+        x = torch.cat([dmd.one_step(G, a, b) for a, b in chunks], 1)
         x = self.ranks.gather(x.transpose(0, 1)).transpose(0, 1)
-        own = [self.judge.statistics(x[i], label[i]) for i in range(len(x))]
-        return torch.tensor([self.judge.distance(own[i], self.references[s.seed], s.classes) for i, s in enumerate(self.of)])
+        distance = [self.judge.distance(self.judge.statistics(a, c), self.references[s.seed], s.classes)
+                    for s, a, c in zip(self.of, x, label)]
+        return torch.tensor(distance)
 
 
 class Task:
@@ -293,11 +296,11 @@ class Task:
         """D_paired {"z", "y": [seeds, N, *shape], "label": [seeds, N]}, and each student's row of it, [M, 1]."""
         seeds = list(dict.fromkeys(s.seed for s in self.students))
         of_seed = [self.inputs[seed].pairs for seed in seeds]
-        tensors = of_seed[0] if len(seeds) == 1 else {k: torch.cat([p[k] for p in of_seed]) for k in ("z", "y", "label")}
-        return tensors, torch.tensor([[seeds.index(s.seed)] for s in self.students], device=self.device)
+        joined = of_seed[0] if len(seeds) == 1 else {k: torch.cat([p[k] for p in of_seed]) for k in of_seed[0]}
+        return joined, torch.tensor([[seeds.index(s.seed)] for s in self.students], device=self.device)
 
     def pairs(self, batch) -> tuple[Tensor, Tensor, Tensor]:
-        """z, y [M, b, *shape] and label [M, b]: pairs drawn from those that D_k holds; one stream, however many these are."""
+        """z, y [M, b, *shape] and label [M, b]: pairs drawn from those of D_k; one stream, however many these are."""
         tensors, row = self._pairs
         drawn = batch.integers("pair", 0, 2 ** 62 - 1)
         own = [D.pairs.to(drawn.device) for D in self.shares]
@@ -306,7 +309,7 @@ class Task:
         return z, y.to(z.dtype), label
 
     def real(self, batch, at: int | None = None) -> tuple[Tensor, Tensor]:
-        """Real data x [M, b, *shape] in [-1, 1] and labels [M, b], of the classes that D_k holds; at: another step's."""
+        """Real data x [M, b, *shape] in [-1, 1] and labels [M, b], of D_k's classes; at: another step's."""
         at = batch.step if at is None else at
         return self.given[0].real().batch(self.draws, at, batch.size, batch.part)
 
@@ -332,15 +335,15 @@ def distil(stage, students: list[Student], shares: list, inputs: dict, flags, ra
     """G_k = Distill(mu_teacher, D_k) for all k [MSD Eq. 1]: trained, or reused; the students, each at its new start.
 
     shares: D_k of each student; inputs: {seed: teacher.Given}; home(stage, flags, s): its folder; more(s): what its
-    config.json also holds. The toy's students train as one stack, on all ranks; images have a folder per student, and the
-    students of one K go to ranks of their own."""
+    config.json also holds. The toy's students train as one stack, on all ranks; images have a folder per student, and
+    the students of one K go to ranks of their own."""
     facts, files = inputs[students[0].seed].facts, ("best.pt", "ema.pt") if stage.BY else ("ema.pt",)
     trained = students
     if stage is tsm:  # from random weights; of all, one network a seed
-        size, whole = flags.student_size or inputs[students[0].seed].size, tuple(range(facts.classes))
+        size, classes = flags.student_size or inputs[students[0].seed].size, tuple(range(facts.classes))
         trained = [replace(s, start=random_start(facts, size, s.seed)) for s in students]
         if flags.tsm.common:
-            trained = [replace(s, K=1, k=0, classes=whole) for s in trained]
+            trained = [replace(s, K=1, k=0, classes=classes) for s in trained]
     sets: dict[Path, dict[Path, list]] = {}  # {home: {folder: [(student, D_k)]}}
     for s, D in dict(zip(trained, shares)).items():
         place = home(stage, flags, s)
@@ -380,8 +383,8 @@ def _train(stage, folders: dict, inputs: dict, flags, ranks: Ranks) -> None:
         shares += [D for _, D in rows]
     facts, first, (steps, batch) = inputs[students[0].seed].facts, students[0], stage.length(flags)
     title = stage.NAME if facts.stacked or stage is edm else f"{stage.NAME}, student {first.k} of {first.K}"
-    training = run.Run(stage.NAME, students, slices, steps, batch, facts.shape, flags.run.save_every, flags.run.micro_batch,
-                       ranks, title)
+    training = run.Run(stage.NAME, students, slices, steps, batch, facts.shape, flags.run.save_every,
+                       flags.run.micro_batch, ranks, title)
     kept = stage.train(training, flags, Task(stage, students, shares, inputs, flags, ranks))
     for folder, rows in slices.items() if training.main else ():
         about = {"dataset": facts.name, "resolution": facts.resolution, "size": first.start.size,
@@ -397,7 +400,7 @@ def _train(stage, folders: dict, inputs: dict, flags, ranks: Ranks) -> None:
 
 @dataclass
 class Students:
-    """The K trained generators of one stage folder: a stack, or, of images, networks that are read when they are asked for."""
+    """The K trained generators of one stage folder: a stack, or, of images, networks that are read when asked for."""
     facts: data.Facts
     parts: list[Tensor]  # Y_1 … Y_K
     stack: edm.Precond | None
@@ -417,9 +420,9 @@ class Students:
 
 
 def load_students(folder, file: str = "best.pt") -> Students:
-    """Read a students' stage folder (seed0/students8/adm), or the last stage in their folder. UserError if it holds none.
+    """Read a students' stage folder (seed0/students8/adm), or the last stage in their folder.
 
-    Of image students only the list of classes is read now."""
+    Of image students only the list of classes is read now. UserError if one is not trained yet."""
     folder = Path(folder)
     folder = next((folder / stage for stage in reversed(ONE_STEP) if list((folder / stage).glob(f"**/{file}"))), folder)
     own = sorted(folder.glob("student[0-9]*"), key=lambda p: int(p.name.removeprefix("student")))

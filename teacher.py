@@ -1,12 +1,8 @@
 """mu_teacher and what its samples give: loaded or trained, guided, solved into pairs and references.
 
-  prepare(flags, ranks) -> {seed: Given}    made now, or reused from the run folder, before any student trains
-  Given             of one seed: the teacher, guided [Ho and Salimans 2022]; data, pairs, references, the judge
-  solve             samples of the teacher's ODE: the pairs (z, y) [MSD App. D.2.1], and what students are compared with
-  error_by_level    the trained teacher against the exact denoiser
-
---teacher train (edm.py), a checkpoint of ours, NVIDIA's .pkl; exact: the toy's closed form, with weights made by TSM.
-Not here: the teacher's training (edm.py), the distances (evaluate.py).
+Everything here is made, or reused from the run folder, before any student trains: `prepare`. --teacher train; a
+checkpoint of ours; NVIDIA's .pkl; exact: the toy's closed form, with weights made by TSM. Not here: the training
+(edm.py), the distances (evaluate.py).
 """
 import copy
 from dataclasses import dataclass, field, replace
@@ -31,8 +27,7 @@ from flags import UserError, values
 
 CONFLICTS = [  # (is it so?, what to say), for flags.check
     (lambda f: f.teacher.cfg != 1 and f.teacher.which == "train" and f.teacher.label_dropout == 0,
-     "--cfg {f.teacher.cfg}: the teacher never learns to do without a class; give --label-dropout 0.1 too (a new teacher: "
-     "another --out)"),
+     "--cfg {f.teacher.cfg}: the teacher never learns to do without a class; give --label-dropout 0.1 too"),
     (lambda f: f.teacher.which == "exact" and not data.DATASETS[f.run.dataset].exact,
      "--teacher exact: {f.run.dataset} has no closed form; train one or give a checkpoint's path"),
     (lambda f: f.run.eval_samples < 2 * data.DATASETS[f.run.dataset].classes,
@@ -55,13 +50,12 @@ class Given:
     real: Callable = None  # real() -> D_real: the data, or the teacher's samples
     judge: evaluate.Judge = None
     pairs: dict = field(default_factory=dict)  # {"z", "y": [1, N, *shape], "label": [1, N]}
-    references: dict = field(default_factory=dict)  # {"select", "report", "real", "real_select": statistics,
-                                                                    # "floor", "floor_data": float}
+    references: dict = field(default_factory=dict)  # "select", "report", "real", "real_select": statistics; floors
     ancestry: dict = field(default_factory=dict)  # the flags that determine teacher, start and judge
 
     def guided(self, D=None) -> Callable:
-        """mu_teacher(x, sigma, label): of the networks D, or the closed form; with guidance
-        D(x; none) + cfg (D(x; label) - D(x; none)). Students and mu_fake are never guided: they learn the guided one."""
+        """mu_teacher(x, sigma, label) of the networks D, or the closed form, with guidance [Ho and Salimans 2022]:
+        D(x; none) + cfg (D(x; label) - D(x; none)). Students and mu_fake are not guided: they learn the guided one."""
         D = D or self.facts.exact
         if self.cfg == 1:
             return D
@@ -108,7 +102,9 @@ def prepare(flags, ranks: Ranks, students_by_class: bool = True) -> dict[int, Gi
         judge = evaluate.judge(flags.run, source, ranks)
         for g in given.values():
             g.judge = judge
-            g.ancestry = {**g.lineage, **({} if facts.stacked else {"features": Path(flags.run.features).name or "classifier"})}
+            g.ancestry = {**g.lineage}
+            if not facts.stacked:
+                g.ancestry["features"] = Path(flags.run.features).name or "classifier"
             if students_by_class:
                 g.ancestry |= _weights_of_exact(flags) if exact else {}
                 g.pairs = _pairs(flags, g, ranks)
@@ -131,13 +127,13 @@ def _loaded(flags, facts: data.Facts) -> students.Network:
     path = Path(flags.teacher.which)
     found = students.load_network(path)
     if found.parts is not None or (found.facts.shape, found.facts.classes) != (facts.shape, facts.classes):
-        raise UserError(f"--teacher {path}: {'a student' if found.parts else found.facts.name} of {list(found.facts.shape)}, "
-                        f"{found.facts.classes} classes; a teacher of {facts.name}, {list(facts.shape)}, {facts.classes} "
-                        f"classes is needed")
+        kind = "students" if found.parts else f"{found.facts.name}, {found.facts.shape}, {found.facts.classes} classes"
+        raise UserError(f"--teacher {path}: of {kind}; needed is a teacher of {facts.name}, {facts.shape}, "
+                        f"{facts.classes} classes")
     beside = path.with_name("config.json")
     if flags.teacher.cfg != 1 and not (beside.exists() and run.load_json(beside).get("label_dropout")):
-        raise UserError(f"--cfg {flags.teacher.cfg}: {path} does not say that it was trained with --label-dropout, so its "
-                        f"answer without a class means nothing; leave --cfg out")
+        raise UserError(f"--cfg {flags.teacher.cfg}: {path} was not trained with --label-dropout, as far as known, so "
+                        f"its answer without a class means nothing")
     return found
 
 
@@ -152,7 +148,7 @@ def _at_hand(flags, ranks: Ranks, students_by_class: bool) -> None:
 
 
 def _networks(flags, given: dict[int, Given], ranks: Ranks) -> None:
-    """Train the teachers (or reuse them), or, for the closed form, networks of its scores by TSM; the toy's as one stack."""
+    """Train the teachers (or reuse them), or, for the closed form, networks of its scores by TSM."""
     facts, stage = next(iter(given.values())).facts, edm
     if flags.teacher.which == "exact":
         if Path(flags.init).is_file() and (start := students.checkpoint(flags.init, facts)).size == facts.sizes[0]:
@@ -227,7 +223,8 @@ def _references(flags, given: Given, ranks: Ranks) -> dict:
     The floors: two draws of the teacher, of the data; nothing can be told apart below them."""
     facts, judge, number = given.facts, given.judge, flags.run.eval_samples
     folder = Path(flags.run.out) / f"seed{given.seed}" / "reference"
-    run.check_config(folder, {**given.lineage, **values(flags.teacher, "sampler_steps"), **values(flags.run, "eval_samples")})
+    config = {**given.lineage, **values(flags.teacher, "sampler_steps"), **values(flags.run, "eval_samples")}
+    run.check_config(folder, config)
     drawn = {purpose: solve(folder, purpose, number, given, flags.teacher.sampler_steps, ranks)
              for purpose in (("select", "report") if facts.stacked else ("report",))}
     out = {purpose: judge.statistics(d["y"][0], d["label"][0]) for purpose, d in drawn.items()}

@@ -1,8 +1,8 @@
 """The 2-D toy: a mixture of 64 Gaussians with an exact answer to everything [MSD App. A.2, D.1].
 
-8 classes stand on a circle of radius 0.5; each class is a ring of 8 Gaussians of radius 0.1 and standard deviation 0.005.
-Because the data are Gaussians, their density, score and optimal denoiser are closed forms at every noise level: the toy is
-a lesson, a teacher (`--teacher exact`) and the oracle of the tests.
+8 classes stand on a circle of radius 0.5; each is a ring of 8 Gaussians of radius 0.1 and standard deviation 0.005.
+Their density, score and optimal denoiser are closed forms at every noise level: the toy is a lesson, a teacher
+(`--teacher exact`) and the oracle of the tests.
 
 What is here                                                    source
   sample, log_density, score, denoiser                          [MSD App. D.1], Tweedie's formula [EDM Eq. 3]
@@ -17,7 +17,7 @@ Departures from the paper
  2. "Mean absolute difference of binned histogram values" depends on the number of samples; `l1` is the total variation,
     half the sum of absolute differences of the shares, in [0, 1]. With 100 000 samples in 200 x 200 bins the paper's
     figure is 5 times ours.
- 3. The MLP is not described. Ours is a residual MLP; noise level and class enter together through a small embedding net.
+ 3. The MLP is not described. Ours is residual; noise level and class enter together through a small embedding net.
 """
 import math
 
@@ -81,8 +81,8 @@ def score(x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor:
 def prompts() -> Tensor:
     """The fixed embeddings E [PROMPTS, PROMPT_SIZE] of toy-prompts: 32 wordings of the 8 classes, in no helpful order.
 
-    The first two entries point, roughly, to where the class lies, as a text embedding's directions mean something; the others
-    are a word of the class's own; every wording differs a little."""
+    The first two entries point, roughly, to where the class lies, as a text embedding's directions mean something; the
+    others are a word of the class's own; every wording differs a little."""
     g = torch.Generator().manual_seed(0)
     word = 0.5 * torch.randn(CLASSES, PROMPT_SIZE, generator=g)
     angle = 2 * math.pi * (torch.arange(CLASSES) + 0.5) / CLASSES
@@ -98,17 +98,17 @@ def prompt_class(label: Tensor) -> Tensor:
 class ToyNet(nn.Module):
     """The toy's network F(x, c_noise, label) -> [..., 2]: `students` MLPs side by side, one batched matmul a layer.
 
-    embeddings: fixed rows E [classes, d] that label picks from, through a learned layer, in the place of a learned table; label may
-    then also be embeddings [K, B, d] themselves, which E does not hold.
+    embeddings: fixed rows E [classes, d] that label picks from, through a learned layer, in the place of a learned
+    table; label may then also be embeddings [K, B, d] themselves.
 
     Every parameter has a leading student dimension K; x is [K, B, 2], c_noise [K, B], label [K, B] (None: no class).
     Student k's output depends on student k's weights and rows alone.
 
-    The first layer is a bank of waves sin(w.x + phase) of learned frequency w, started between 0.5 and 60; noise level and
-    class set their phases. Noise of std s = c_in sigma in the scaled input shrinks a wave's mean by exp(-(|w| s)^2 / 2); here
-    the fastest waves fade as exp(-(|w| s / CUTOFF)^2 / 2), gently, since a generator must draw sharp borders at sigma = 80,
-    where its input is noise alone. Residual SiLU layers follow.
-    `features=True` also returns a middle layer [K, B, width], the bottleneck; "only": it alone, without what follows."""
+    The first layer is a bank of waves sin(w.x + phase) of learned frequency w, started between 0.5 and 60; noise level
+    and class set their phases. Noise of std s = c_in sigma in the input shrinks a wave's mean by exp(-(|w| s)^2 / 2);
+    here the fastest waves fade as exp(-(|w| s / CUTOFF)^2 / 2), gently, since a generator must draw sharp borders at
+    sigma = 80, where its input is noise alone. Residual SiLU layers follow. features=True also returns a middle
+    layer [K, B, width], the bottleneck; "only": it alone, without what follows."""
     LOWEST, HIGHEST, CUTOFF, SIGMA_DATA = 0.5, 60.0, 48.0, 0.5
 
     def __init__(self, students: int = 1, width: int = 64, depth: int = 2, classes: int = CLASSES, seed: int = 0,
@@ -148,8 +148,11 @@ class ToyNet(nn.Module):
         turn = c_noise[..., None] * self.octaves
         embed = torch.baddbmm(self.b_embed, torch.cat([turn.cos(), turn.sin()], -1), self.w_noise)
         if label is not None:
-            embed = embed + (self.table.gather(1, label[..., None].expand(-1, -1, self.table.shape[-1])) if self.E is None
-                             else torch.bmm(label if label.is_floating_point() else self.E[label], self.table))
+            if self.E is None:
+                of_label = self.table.gather(1, label[..., None].expand(-1, -1, self.table.shape[-1]))
+            else:
+                of_label = torch.bmm(label if label.is_floating_point() else self.E[label], self.table)
+            embed = embed + of_label
         embed = F.silu(embed)  # [K, B, embed]
         sigma2 = (8 * c_noise).exp()  # c_noise = ln(sigma) / 4
         s2 = sigma2 / (sigma2 + self.SIGMA_DATA ** 2)  # (c_in sigma)^2

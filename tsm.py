@@ -1,7 +1,7 @@
 """Stage 0, TSM: a smaller network learns the teacher's denoiser, to start one-step distillation from [MSD Sec. 3.3].
 
-A student of the teacher's size starts from the teacher's weights; a smaller one cannot. Teacher score matching trains it
-first as a diffusion model, on real data, with the teacher's output as the target. It keeps its noise input, so
+A student of the teacher's size starts from the teacher's weights; a smaller one cannot. Teacher score matching trains
+it first as a diffusion model, on real data, with the teacher's output as the target. It keeps its noise input, so
 G(sigma_max z; sigma_max) is then simply that network at sigma_max.
 
   teacher score matching                    [MSD Eq. 3]                tsm_loss, train
@@ -30,7 +30,8 @@ from common import AdamW, Average, learning_rate
 from flags import flag
 
 NAME, BY = "tsm", ""  # no best checkpoint is chosen: the last average is kept
-USES = dict(real="real", tsm_decay="teacher.decay", noise_law="teacher.noise_law", P_mean="teacher.P_mean", P_std="teacher.P_std")
+USES = dict(real="real", tsm_decay="teacher.decay", noise_law="teacher.noise_law", P_mean="teacher.P_mean",
+            P_std="teacher.P_std")
 
 
 @dataclass
@@ -48,16 +49,16 @@ PRESETS = {
     ("toy", "paper"): dict(steps=100_000, lr=1e-4, ema=0.0), ("toy", "smoke"): dict(steps=20, batch=32),
     ("fashion-mnist", "default"): dict(steps=3000, batch=64, lr=2e-3, ema=0.999),
     ("fashion-mnist", "smoke"): dict(steps=4, batch=4),
-    ("cifar10", "default"): dict(steps=200_000, batch=512, lr=1e-4, ema=0.0), ("cifar10", "smoke"): dict(steps=2, batch=2),
+    ("cifar10", "default"): dict(steps=200_000, batch=512, lr=1e-4, ema=0.0),
+    ("cifar10", "smoke"): dict(steps=2, batch=2),
     # [MSD App. D.2.2]; B.6 for XS and XXS, whose number of updates is not stated: that of S
     ("imagenet64", "default"): dict(steps=400_000, batch=576, lr=1e-4, ema=0.0),
     ("imagenet64", "default", "S"): dict(common=False),
     ("imagenet64", "default", "XS"): dict(batch=3584), ("imagenet64", "default", "XXS"): dict(batch=4864),
 }
-PRESETS |= {("imagenet64", "paper", *key[2:]): v for key, v in list(PRESETS.items()) if key[:2] == ("imagenet64", "default")}
 
 
-def tsm_loss(student, teacher, x: Tensor, label: Tensor | None, sigma: Tensor, noise: Tensor, sigma_data: float = 0.5) -> Tensor:
+def tsm_loss(student, teacher, x: Tensor, label: Tensor | None, sigma: Tensor, noise: Tensor, sigma_data=0.5) -> Tensor:
     """lambda_t ||mu_TSM(x_t, t) - mu_teacher(x_t, t)||^2 of real data x [..., *shape], per sample [...] [MSD Eq. 3].
 
     The denoising loss with the teacher's output for the target: no noise in the target, so it can reach 0. No gradient

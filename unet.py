@@ -1,20 +1,11 @@
 """The ADM U-Net in the form that EDM trains for ImageNet-64: teacher, generators and fake denoisers of images.
 
-F(x, c_noise, label) for images x [..., C, H, W]: an encoder and a decoder of residual blocks with skip connections
-between them, self-attention at the low resolutions, noise level and class entering every block as a scale and a shift.
+An encoder and a decoder of residual blocks with skip connections, self-attention at the low resolutions, noise level
+and class entering every block as a scale and a shift [Dhariwal and Nichol 2021, App. A; EDM Table 7].
 
-  architecture                         [Dhariwal and Nichol 2021, App. A], [EDM App. F.2, Table 7]     UNet, Block
-  sizes B, S, XS, XXS                  [MSD Table 7]                                                   SIZES
-  bottleneck: where the head of the adversarial stage looks                                            features=True
-
-Not here: the preconditioning around it (edm.py), the toy's network (toy_mog.py), NVIDIA's weights for it (snapshot.py).
-
-Departures: the class embedding is a table of rows (nn.Embedding), not a matrix times a one-hot vector; queries, keys
-and values lie in three blocks, not interleaved; attention is PyTorch's fused one. snapshot.py translates. Dropout is 0:
-a teacher that is distilled does not use it.
-
-Precision: master weights stay float32. On a GPU everything between the first and the last convolution runs in bfloat16
-(float16 diverges). Embeddings of noise level and class are computed in float32.
+Departures: classes are rows of a table; queries, keys and values lie in three blocks, not interleaved (snapshot.py
+translates); attention is PyTorch's fused one; dropout is 0. Weights and embeddings are float32; on a GPU what lies
+between the first and the last convolution runs in bfloat16 (float16 diverges).
 """
 from typing import NamedTuple
 
@@ -27,23 +18,23 @@ class Size(NamedTuple):
     """Channels at level i are width * mult[i]; the resolution halves from level to level."""
     width: int
     mult: tuple[int, ...]
-    blocks: int                                                     # residual blocks a level
-    attention: tuple[int, ...] = (32, 16, 8)                        # resolutions with self-attention
+    blocks: int  # residual blocks a level
+    attention: tuple[int, ...] = (32, 16, 8)  # resolutions with self-attention
 
 
-SIZES = {                                                           # [MSD Table 7]: 296, 173, 86, 26 million parameters
+SIZES = {  # [MSD Table 7]: 296, 173, 86, 26 million parameters
     "B": Size(192, (1, 2, 3, 4), 3),
     "S": Size(160, (1, 2, 2, 4), 3),
     "XS": Size(128, (1, 2, 2, 4), 2),
     "XXS": Size(96, (1, 2, 2, 2), 2),
 }
-LAPTOP = {                                                          # for 16 and 32 grey pixels on a CPU: ours
-    "B": Size(16, (1, 2, 4), 1, (8, 4)),                            # it alone has 64 channels: a head of attention
+LAPTOP = {  # ours, for 16 and 32 grey pixels on a CPU
+    "B": Size(16, (1, 2, 4), 1, (8, 4)),  # it alone has 64 channels: a head of attention
     "S": Size(16, (1, 2, 2), 1, (8, 4)),
     "XS": Size(16, (1, 1, 2), 1, (8, 4)),
     "XXS": Size(16, (1, 1, 1), 1, (8, 4)),
 }
-CIFAR = {                                                           # for 32 colour pixels: ours, in the same style
+CIFAR = {  # ours, for 32 colour pixels
     "B": Size(128, (1, 2, 2), 3, (16, 8)),
     "S": Size(96, (1, 2, 2), 3, (16, 8)),
     "XS": Size(64, (1, 2, 2), 2, (16, 8)),
@@ -52,7 +43,7 @@ CIFAR = {                                                           # for 32 col
 
 
 class Conv(nn.Conv2d):
-    """A convolution that keeps the size of the image and runs in the dtype of its input."""
+    """Keeps the size of the image; runs in the dtype of its input."""
 
     def __init__(self, inside: int, outside: int, kernel: int):
         super().__init__(inside, outside, kernel, padding=kernel // 2)
@@ -62,7 +53,7 @@ class Conv(nn.Conv2d):
 
 
 class Norm(nn.GroupNorm):
-    """Group normalisation, 32 groups or fewer so that each has at least 4 channels; in the dtype of its input."""
+    """At most 32 groups, of at least 4 channels each; in the dtype of its input."""
 
     def __init__(self, channels: int):
         super().__init__(min(32, channels // 4), channels)
@@ -72,16 +63,16 @@ class Norm(nn.GroupNorm):
 
 
 def zeroed(layer: nn.Module) -> nn.Module:
-    """The layer with weights and bias 0: a residual branch that is silent at the start."""
+    """The layer with weights and bias 0: silent at the start."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
 
 
 class Block(nn.Module):
-    """x + conv(norm * (1 + scale) + shift): a residual block [Dhariwal and Nichol 2021], then self-attention.
+    """x + conv(norm * (1 + scale) + shift), with scale and shift from the embedding; then self-attention.
 
-    scale and shift come from the embedding of noise level and class; resample: "up", "down" or None, before it."""
+    resample: "up", "down" or None, before it."""
 
     def __init__(self, inside: int, outside: int, embed: int, attention: bool = False, resample: str | None = None):
         super().__init__()
@@ -98,7 +89,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, embed: Tensor) -> Tensor:
         h = self.resampled(F.silu(self.norm0(x)))
         x = self.resampled(x)
-        scale, shift = self.affine(embed).to(x.dtype)[..., None, None].chunk(2, 1)              # [B, outside, 1, 1]
+        scale, shift = self.affine(embed).to(x.dtype)[..., None, None].chunk(2, 1)  # [B, outside, 1, 1]
         h = torch.addcmul(shift, self.norm1(self.conv0(h)), 1 + scale)
         x = self.conv1(F.silu(h)) + (self.skip(x) if self.skip is not None else x)
         return x + self.proj(self.attend(self.norm2(x))) if self.heads else x
@@ -109,72 +100,71 @@ class Block(nn.Module):
         return F.interpolate(x, scale_factor=2, mode="nearest") if self.resample == "up" else x
 
     def attend(self, x: Tensor) -> Tensor:
-        """Self-attention over the pixels, heads of outside / heads channels."""
-        qkv = self.qkv(x).flatten(2).unflatten(1, (3, self.heads, -1))                          # [B, 3, heads, ch, HW]
-        q, k, v = qkv.transpose(3, 4).contiguous().unbind(1)        # [B, heads, HW, ch], as fused kernels want it
+        """Self-attention over the pixels of x [B, outside, H, W]."""
+        qkv = self.qkv(x).flatten(2).unflatten(1, (3, self.heads, -1))  # [B, 3, heads, ch, HW]
+        q, k, v = qkv.transpose(3, 4).contiguous().unbind(1)  # [B, heads, HW, ch], as fused kernels want it
         return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(x.shape)
 
 
 class UNet(nn.Module):
     """F(x, c_noise, label) -> [..., C, H, W], for x [..., C, H, W], c_noise [...], label [...] (int64; None: no class).
 
-    resolution: H = W; size: a name in `sizes`, or a Size. features=True: also returns the bottleneck, the encoder's
-    last output [..., *bottleneck]; "only": it alone, without the decoder. ValueError if resolution does not halve."""
+    resolution: H = W; size: a Size, or its name in `sizes`. features=True: also the encoder's last output
+    [..., *bottleneck]; "only": it alone, without the decoder. ValueError if the resolution does not halve."""
 
     def __init__(self, resolution: int, channels: int, classes: int, size: str | Size = "B", sizes: dict = SIZES):
         super().__init__()
         size = sizes[size] if isinstance(size, str) else size
-        if resolution % 2 ** (len(size.mult) - 1):
-            raise ValueError(f"resolution {resolution} does not halve {len(size.mult) - 1} times")
-        self.resolution, self.channels, self.classes, self.size = resolution, channels, classes, size
-        self.precision: torch.dtype | None = None                   # inside; None: bfloat16 on a GPU, else that of x
-        width, embed = size.width, 4 * size.width
+        width, embed, levels = size.width, 4 * size.width, list(enumerate(size.mult))
+        if resolution % 2 ** (len(levels) - 1):
+            raise ValueError(f"resolution {resolution} does not halve {len(levels) - 1} times")
+        self.size, self.precision = size, None  # precision: a dtype; None: bfloat16 on a GPU, else that of x
         frequency = 10_000 ** (-torch.arange(width // 2, dtype=torch.float32) / (width // 2))
         self.register_buffer("frequency", frequency, persistent=False)
         self.map_layer0, self.map_layer1 = nn.Linear(width, embed), nn.Linear(embed, embed)
         self.map_label = nn.Embedding(classes, embed)
 
-        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()       # named as in NVIDIA's files: resolution and place
+        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()  # named as in NVIDIA's files: resolution and place
         here, skips = width * size.mult[0], []
-        for level, mult in enumerate(size.mult):
+        for level, mult in levels:
             r = resolution >> level
-            if level == 0:
-                self.enc[f"{r}x{r}_conv"] = Conv(channels, here, 3)
+            at = f"{r}x{r}"
+            if level:
+                self.enc[f"{at}_down"] = Block(here, here, embed, resample="down")
             else:
-                self.enc[f"{r}x{r}_down"] = Block(here, here, embed, resample="down")
+                self.enc[f"{at}_conv"] = Conv(channels, here, 3)
             skips.append(here)
             for i in range(size.blocks):
-                self.enc[f"{r}x{r}_block{i}"] = Block(here, width * mult, embed, r in size.attention)
+                self.enc[f"{at}_block{i}"] = Block(here, width * mult, embed, r in size.attention)
                 here = width * mult
                 skips.append(here)
-        self.bottleneck = (here, r, r)                              # shape, without leading dimensions
-        for level, mult in reversed(list(enumerate(size.mult))):
+        self.bottleneck = (here, r, r)  # shape, without leading dimensions
+        self.dec[f"{at}_in0"], self.dec[f"{at}_in1"] = Block(here, here, embed, True), Block(here, here, embed)
+        for level, mult in reversed(levels):
             r = resolution >> level
-            if level == len(size.mult) - 1:
-                self.dec[f"{r}x{r}_in0"] = Block(here, here, embed, attention=True)
-                self.dec[f"{r}x{r}_in1"] = Block(here, here, embed)
-            else:
-                self.dec[f"{r}x{r}_up"] = Block(here, here, embed, resample="up")
+            at = f"{r}x{r}"
+            if level < len(levels) - 1:
+                self.dec[f"{at}_up"] = Block(here, here, embed, resample="up")
             for i in range(size.blocks + 1):
-                self.dec[f"{r}x{r}_block{i}"] = Block(here + skips.pop(), width * mult, embed, r in size.attention)
+                self.dec[f"{at}_block{i}"] = Block(here + skips.pop(), width * mult, embed, r in size.attention)
                 here = width * mult
         self.out_norm, self.out_conv = Norm(here), zeroed(Conv(here, channels, 3))
 
     def label_embeddings(self) -> Tensor:
-        """The learned class embeddings [classes, 4 width]: the columns of NVIDIA's map_label [MSD App. B.1]."""
+        """[classes, 4 width]: the columns of NVIDIA's map_label [MSD App. B.1]."""
         return self.map_label.weight.detach()
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None, features: bool | str = False):
         lead = x.shape[:-3]
         turn = (c_noise.reshape(-1, 1) * self.frequency).to(self.map_layer0.weight.dtype)
         embed = self.map_layer1(F.silu(self.map_layer0(torch.cat([turn.cos(), turn.sin()], 1))))
-        embed = F.silu(embed if label is None else embed + self.map_label(label.reshape(-1)))   # [B, 4 width]
+        embed = F.silu(embed if label is None else embed + self.map_label(label.reshape(-1)))  # [B, 4 width]
         dtype = self.precision or (torch.bfloat16 if x.is_cuda else x.dtype)
         h, skips = x.reshape(-1, *x.shape[-3:]).to(dtype), []
         for block in self.enc.values():
             h = block(h) if isinstance(block, Conv) else block(h, embed)
             skips.append(h)
-        bottleneck = h.reshape(*lead, *h.shape[1:])                                             # [..., channels, h, w]
+        bottleneck = h.reshape(*lead, *h.shape[1:])  # [..., channels, h, w]
         if features == "only":
             return bottleneck
         for name, block in self.dec.items():

@@ -14,7 +14,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # nets this small gain nothing from more, and lose much beside other jobs
 
 import data
 import edm
@@ -104,7 +104,7 @@ def task_of(stage, group, flags, shares=None, inputs=None, width: int = 12, **pa
         group = [replace(s, start=students.Start("test", (width, 2), lambda: denoiser(width))) for s in group]
     inputs = inputs or {s.seed: given(s.seed) for s in group}
     if shares is None:
-        known = {edm: lambda D, Y_k: D} if stage is edm else dict(msd.stages_of(replace(flags, stages=(stage.NAME,))))
+        known = {edm: lambda D, Y_k: D} if stage is edm else dict(msd.stages_of(replace(flags, stages=stage.NAME)))
         shares = [known[stage](inputs[s.seed].D, torch.tensor(s.classes)) for s in group]
     task = students.Task(stage, group, shares, inputs, flags, Ranks())
     if stage is post:
@@ -149,6 +149,21 @@ class Asked:
     def classes(self, k: int) -> set:
         """Those of student k."""
         return set(torch.cat([label[k] for _, label in self.calls]).tolist())
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing catches it."""
+
+
+def kill_after(monkeypatch, name: str, at: int):
+    """From now on the stage of this name dies at the end of update `at`, after its checkpoint if there is one."""
+    original = runs.Run.save
+
+    def save(self, step, state):
+        original(self, step, state)
+        if (self.draws.stage, step) == (name, at):
+            raise Killed
+    monkeypatch.setattr(runs.Run, "save", save)
 
 
 @pytest.fixture

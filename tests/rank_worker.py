@@ -53,11 +53,12 @@ def stack(stage, flags, groups, size, out: Path, pairs: int, ranks=None) -> tupl
 
 
 def double(out: Path, name: str, micro: int = 0) -> None:
-    """20 updates in float64, all ranks on one batch of 8, of DM of two toy students, or a stage of images; to OUT/weights.pt."""
+    """20 updates of a stage in float64, all ranks on one batch of 8, of two toy students or one of images; to OUT/weights.pt."""
     stage, house, argv = STAGES[name], *((o2mkd, O2MKD) if name == "o2mkd" else (msd, MSD))
-    where = "toy --resolution 0" if name == "toy" else "fashion-mnist --resolution 8"
+    where, groups, size = "fashion-mnist --resolution 8", [range(3)], (16, (1, 1), 1, ())
+    if name in ("toy", "o2mkd"):
+        where, groups, size = "toy", [range(4), range(4, 8)], (16, 3)
     flags = parse(house.Flags, house.PRESETS, f"--dataset {where} --save-every 10 --micro-batch {micro} {argv}".split())
-    groups, size = ([range(4), range(4, 8)], (16, 3)) if name == "toy" else ([range(3)] * (1 + (stage is o2mkd)), (16, (1, 1), 1, ()))
     training, *rest = stack(stage, flags, groups, size, out, 24, common.world(torch.device("cpu")))
     kept = stage.train(training, *rest)
     if training.main:

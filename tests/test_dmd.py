@@ -1,4 +1,5 @@
-"""DM: the surrogate's gradient, its sign and zero, who gets gradients, the fake denoiser, the pairs."""
+"""DM: the surrogate's gradient, its sign and zero, who gets gradients, the fake denoiser, the pairs, F."""
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,18 +8,15 @@ import common
 import data
 import dmd
 import edm
-import toy_mog
-from conftest import assert_stack_is_its_members
+import msd
+import teacher
+from common import Draws, Student
+from conftest import ALL, Asked, denoiser, options, task_of, trained
 
-FACTS = data.DATASETS["toy"]
-
-
-def precond(members=1, width=16, seed=0, jitter=0.3):
-    net = edm.Precond(toy_mog.ToyNet(members, width), 0.5)
-    g = torch.Generator().manual_seed(seed)
-    for p in net.parameters():
-        p.data += jitter * torch.randn(p.shape[1:], generator=g) if p.shape[0] == members else 0
-    return net
+LOOP = ("--steps 6 --batch 8 --reg-warmup 2 --fake-warmup 3 --warmup 1 --ttur 2 --draws 2 --select-samples 80 "
+        "--eval-every 100 ")
+HALVES = [Student(0, 2, k, tuple(range(4 * k, 4 * k + 4))) for k in range(2)]
+ONE = [Student(0, 1, 0, ALL)]
 
 
 def test_surrogate_gradient_is_the_gradient_over_the_elements():
@@ -29,8 +27,8 @@ def test_surrogate_gradient_is_the_gradient_over_the_elements():
     torch.testing.assert_close(torch.autograd.grad(loss.sum(), x)[0], grad / 2)
     torch.testing.assert_close(torch.autograd.grad(dmd.dm_loss(x, grad).mean(-1).sum(), x)[0], grad / 8)
     image = torch.randn(5, 3, 8, 8, requires_grad=True)
-    torch.testing.assert_close(torch.autograd.grad(dmd.dm_loss(image, torch.ones_like(image)).sum(), image)[0],
-                               torch.full_like(image, 1 / 192))
+    found, = torch.autograd.grad(dmd.dm_loss(image, torch.ones_like(image)).sum(), image)
+    torch.testing.assert_close(found, torch.full_like(image, 1 / 192))
 
 
 @pytest.mark.parametrize("normaliser", ["mean_abs", "c_out"])
@@ -39,12 +37,9 @@ def test_dm_gradient_sign_zero_and_finiteness(normaliser):
     mu_real = x + 0.1 * torch.randn(6, 2)
     c = torch.tensor([0.3, -0.2])
     grad = dmd.dm_gradient(x, mu_real, mu_real + c, sigma, normaliser)
-    assert (grad * c > 0).all()                                     # descent moves x by -c: away from the fake mean
+    assert (grad * c > 0).all()  # descent moves x by -c: away from the fake mean
     assert dmd.dm_gradient(x, mu_real, mu_real, sigma, normaliser).abs().max() == 0
-    assert torch.isfinite(dmd.dm_gradient(x, x, x + c, sigma, normaliser)).all()       # mu_real = x
-    assert dmd.dm_gradient(x, mu_real, mu_real + 100, sigma, normaliser, clip=2.0).max() == 2.0
-    with pytest.raises(ValueError):
-        dmd.dm_gradient(x, x, x, sigma, "none")
+    assert torch.isfinite(dmd.dm_gradient(x, x, x + c, sigma, normaliser)).all()  # mu_real = x
 
 
 def test_dm_gradient_is_the_scores_difference():
@@ -52,11 +47,12 @@ def test_dm_gradient_is_the_scores_difference():
     g = torch.Generator().manual_seed(0)
     x, x_t, mu_real, mu_fake = torch.randn(4, 7, 2, generator=g, dtype=torch.float64)
     sigma = torch.rand(7, generator=g, dtype=torch.float64) + 0.1
-    difference = dmd.score(x_t, mu_fake, sigma) - dmd.score(x_t, mu_real, sigma)
-    w_t = sigma ** 2 / (x - mu_real).abs().mean(-1)                 # sigma^2 CS / ||mu - x||_1
-    torch.testing.assert_close(dmd.dm_gradient(x, mu_real, mu_fake, sigma, "mean_abs"), w_t[:, None] * difference)
-    w_t = sigma ** 2 / (sigma * 0.5 / (sigma ** 2 + 0.25).sqrt())
-    torch.testing.assert_close(dmd.dm_gradient(x, mu_real, mu_fake, sigma, "c_out"), w_t[:, None] * difference)
+    s_fake, s_real = (-(x_t - mu) / sigma[:, None] ** 2 for mu in (mu_fake, mu_real))
+    weights = {"mean_abs": sigma ** 2 / (x - mu_real).abs().mean(-1),  # sigma^2 CS / ||mu - x||_1
+               "c_out": sigma ** 2 / (sigma * 0.5 / (sigma ** 2 + 0.25).sqrt())}
+    for normaliser, w_t in weights.items():
+        found = dmd.dm_gradient(x, mu_real, mu_fake, sigma, normaliser)
+        torch.testing.assert_close(found, w_t[:, None] * (s_fake - s_real))
 
 
 def test_dm_gradient_between_two_gaussians_is_the_gradient_of_their_kl():
@@ -72,6 +68,24 @@ def test_dm_gradient_between_two_gaussians_is_the_gradient_of_their_kl():
     gradient = dmd.dm_gradient(x, mu_real, mu_fake, sigma, "c_out") * c_out / level ** 2
     error = gradient.std().item() / n ** 0.5
     assert abs(gradient.mean().item() - m / (b ** 2 + level ** 2)) < 5 * error and error < 0.01
+
+
+def test_kl_gradient_is_the_mean_over_its_draws():
+    """Of n draws a sample, each with the sample's own label, by hand; the gap is that of the two denoisers."""
+    x, label = torch.randn(2, 3, 2, dtype=torch.float64), torch.randint(8, (2, 3))
+    sigma, noise = torch.rand(2, 3, 4, dtype=torch.float64) + 0.1, torch.randn(2, 3, 4, 2, dtype=torch.float64)
+
+    def mu(shift):
+        return lambda x, sigma, label: 0.5 * x + (sigma + shift * label)[..., None]
+    grad, gap = dmd.kl_gradient(x, label, sigma, noise, mu(0.1), mu(0.3), "mean_abs")
+    by_hand, gaps = torch.zeros_like(x), []
+    for n in range(4):
+        x_t = x + sigma[..., n, None] * noise[:, :, n]
+        real, fake = (mu(shift)(x_t, sigma[..., n], label) for shift in (0.1, 0.3))
+        by_hand += dmd.dm_gradient(x, real, fake, sigma[..., n], "mean_abs") / 4
+        gaps.append((fake - real).abs().mean((1, 2)))
+    torch.testing.assert_close(grad, by_hand)
+    torch.testing.assert_close(gap, torch.stack(gaps).mean(0))
 
 
 def test_regression_loss():
@@ -94,167 +108,147 @@ def oracle(x, sigma, label):
 def test_regression_is_zero_only_if_z_is_scaled_exactly_once(times, zero):
     D = lambda x, sigma, label: x * (0.25 / (0.25 + sigma ** 2))[..., None]
     z, label = torch.randn(1, 500, 2, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 500, dtype=torch.int64)
-    y = dmd.make_pairs(D, z, label, 256, chunk=200)
-    fed = z * 80.0 ** (times - 1)                                   # one_step scales once more
+    y = teacher.make_pairs(D, z, label, 256, chunk=200)
+    fed = z * 80.0 ** (times - 1)  # one_step scales once more
     loss = dmd.regression_loss(dmd.one_step(oracle, fed, label), y).mean()
     assert (loss < 1e-3) == zero
 
 
+def test_the_loop_scales_z_of_the_pairs_exactly_once(tmp_path):
+    """Fed by the loop, the oracle's regression is zero; `train` asks for nothing else of G here (regression alone)."""
+    z = torch.randn(1, 8, 2)
+    seen = []
+
+    def distance(x, y):
+        seen.append((x.detach(), y))
+        return dmd.regression_loss(x, y)
+    G = denoiser(12)
+    trained(dmd, ONE, options(LOOP + "--steps 1 --reg-warmup 1 --dm-weight 0"), tmp_path, G=G, distance=distance,
+            pairs=lambda batch: (z, z / 2, torch.zeros(1, 8, dtype=torch.int64)))
+    again = denoiser(12)
+    with torch.no_grad():
+        want = again(80 * z, torch.full((1, 8), 80.0), torch.zeros(1, 8, dtype=torch.int64))
+    (x, y), = seen
+    torch.testing.assert_close(x, want)
+    assert torch.equal(y, z / 2)
+
+
 def test_one_step_is_one_evaluation_at_sigma_max():
     seen = []
-    dmd.one_step(lambda x, sigma, label: seen.append((x, sigma)) or x, torch.ones(2, 3, 2), torch.zeros(2, 3, dtype=torch.int64))
+    G = lambda x, sigma, label: seen.append((x, sigma)) or x
+    dmd.one_step(G, torch.ones(2, 3, 2), torch.zeros(2, 3, dtype=torch.int64))
     (x, sigma), = seen
     assert (x == 80).all() and sigma.shape == (2, 3) and (sigma == 80).all()
 
 
-def test_kde_denoiser():
-    """Exact for the cloud: far below the points' spacing it returns the nearest, far above their mean; and it converges."""
-    cloud = torch.tensor([[[[0.0, 0.0], [1.0, 0.0]]]])
-    x = torch.tensor([[[0.1, 0.0]]])
-    for sigma, want in ((0.01, 0.0), (1e4, 0.5)):
-        got = dmd.kde_denoiser(x, torch.tensor([[sigma]]), torch.tensor([[0]]), cloud)
-        assert got[0, 0, 0].item() == pytest.approx(want, abs=1e-3)
-    g = torch.Generator().manual_seed(0)
-    points = toy_mog.sample(torch.zeros(1, 1, 16_000, dtype=torch.int64), g)
-    label = torch.zeros(1, 200, dtype=torch.int64)
-    sigma = torch.full((1, 200), 0.02)
-    x_t = toy_mog.sample(label, g) + 0.02 * torch.randn(1, 200, 2, generator=g)
-    error = (dmd.kde_denoiser(x_t, sigma, label, points) - toy_mog.denoiser(x_t, sigma, label)).square().mean().sqrt()
-    assert error < 0.05 * 0.02
+def best_slope(loss, s: float, level: float) -> float:
+    """The minimiser of loss(D, x, label, sigma, noise) over D = slope x_t, of data N(0, s^2): a parabola in the slope."""
+    n, g = 100_000, torch.Generator().manual_seed(0)
+    slope = torch.tensor(0.0, requires_grad=True)
+    x, noise = s * torch.randn(n, 1, generator=g), torch.randn(n, 1, generator=g)
+    value = loss(lambda x, sigma, label: slope * x, x, None, torch.full((n,), level), noise).mean()
+    first, = torch.autograd.grad(value, slope, create_graph=True)
+    return -(first / torch.autograd.grad(first, slope)[0]).item()
 
 
 def test_fake_loss_is_minimised_by_the_exact_denoiser_of_a_gaussian():
-    """[MSD Eq. 8]: gradient descent on one slope per level finds s^2 / (s^2 + sigma^2)."""
-    g = torch.Generator().manual_seed(0)
-    s, level, n = 0.2, 0.1, 100_000
-    slope = torch.tensor(0.0, requires_grad=True)
-    x, noise = s * torch.randn(n, 1, generator=g), torch.randn(n, 1, generator=g)
-    loss = edm.denoising_loss(lambda x, sigma, label: slope * x, x, None, torch.full((n,), level), noise).mean()
-    first, = torch.autograd.grad(loss, slope, create_graph=True)
-    second, = torch.autograd.grad(first, slope)
-    best = -(first / second).item()                                 # the loss is a parabola in the slope
-    assert best == pytest.approx(s ** 2 / (s ** 2 + level ** 2), rel=0.01)
+    """[MSD Eq. 8]: the best slope of a level is s^2 / (s^2 + sigma^2)."""
+    assert best_slope(edm.denoising_loss, 0.2, 0.1) == pytest.approx(0.2 ** 2 / (0.2 ** 2 + 0.1 ** 2), rel=0.01)
 
 
 def test_bins_in_strata():
-    members = [common.Member(0, 1, 0, (0,))]
-    b = dmd.bins_in_strata(common.Draws("t", members), 0, "sigma", 20, 749, 5000, 2)
+    b = dmd.in_strata(Draws("t", ONE).uniform(0, "sigma", 5000, 2), 20, 749)
     assert b.shape == (1, 5000, 2) and b.min() == 20 and b.max() == 749
     assert b[..., 0].max() <= 385 and b[..., 1].min() >= 384
-    whole = b.flatten().double()
-    assert abs(whole.mean() - 384.5) < 10
+    assert abs(b.double().mean() - 384.5) < 10
+    assert dmd.in_strata(torch.tensor([[[0.0, 1.0]]]), 3, 3).tolist() == [[[3, 3]]]
 
 
-# ------------------------------------------------------------------------------------- the loop, with a recorded teacher
+def test_schedule():
+    """Regression alone, a head start for mu_fake, then both, each phase with its own warm-up and decay."""
+    f = options("--steps 20 --reg-warmup 8 --fake-warmup 5 --warmup 2 --ttur 3 --lr 1 --reg-lr 2 --fake-lr 4").dm
+    plan = [dmd.schedule(f, step) for step in range(20)]
+    assert [kl for kl, *_ in plan] == [False] * 8 + [True] * 12
+    assert [turns for *_, turns in plan] == [0] * 7 + [5] + [3] * 12
+    assert plan[7][2] == 4 and plan[0][1] == 1 and plan[4][1] == 1  # half of reg_lr: warming up, and half-way
+    assert plan[8][1] == 0.5 and plan[14][1] == 0.5 and plan[14][2] == 2
+    for more, first in ((dict(dm_weight=0.0), 20), (dict(reg_weight=0.0), 0), (dict(reg_warmup=0), 0)):
+        assert dmd.first_kl_step(replace(f, **more)) == first
 
-def small_flags(**changes):
-    flags = dmd.Flags(dataset="toy", steps=6, batch=8, reg_warmup=2, fake_warmup=3, warmup=1, ttur=2, draws=2, pairs=24,
-                      eval_every=100, select_samples=80, save_every=100, quiet=True)
-    for k, v in changes.items():
-        assert hasattr(flags, k)
-        setattr(flags, k, v)
-    return flags
 
-
-def small_train(tmp_path, members, flags, teacher=None, net=None, index=None, name="s"):
-    """dmd.train on a stack of members, with pairs from the exact denoiser; returns (ema, the run)."""
-    one = precond(1)
-    if net is None:
-        net = edm.Precond(toy_mog.ToyNet(len(members), 16), 0.5)
-        net.load_state_dict({k: v.repeat(len(members), *[1] * (v.ndim - 1)) for k, v in one.state_dict().items()})
-    label = data.stratified(flags.pairs, 8)[None]
-    z = torch.randn(1, flags.pairs, 2, generator=common.generator("pairs"))
-    pairs = {"z": z, "y": dmd.make_pairs(toy_mog.denoiser, z, label, 8), "label": label,
-             "row": torch.zeros(len(members), dtype=torch.int64)}
-    reference = {0: data.toy_statistics(toy_mog.sample(data.stratified(800, 8), common.generator("ref")), data.stratified(800, 8))}
-    run = common.Stage("dm", {tmp_path / name: slice(0, len(members))}, flags.steps, flags.save_every, quiet=True)
-    ema, best = dmd.train(run, flags, members, teacher or toy_mog.denoiser, net, pairs,
-                          index or [torch.arange(flags.pairs)] * len(members), data.toy_judge(data.facts("toy")), reference, torch.device("cpu"))
-    return ema
-
+# ------------------------------------------------------------- the loop
 
 def test_kl_labels_are_the_students_own_and_pairs_hold_every_class(tmp_path):
     """F_DM [MSD Sec. 3.2], watched from outside: labels that reach the teacher, and labels of the pairs drawn."""
-    members = [common.Member(0, 2, k, tuple(range(4 * k, 4 * k + 4))) for k in range(2)]
-    seen = [set(), set()]
+    flags, asked = options(LOOP + "--reg-warmup 6 --steps 8 --batch 16"), Asked()
+    task, regressed = task_of(dmd, HALVES, flags), [set(), set()]
 
-    def teacher(x, sigma, label):
+    def pairs(batch):
+        z, y, label = task.pairs(batch)
         for k in range(2):
-            seen[k] |= set(label[k].tolist())
-        return toy_mog.denoiser(x, sigma, label)
-    regressed = [set(), set()]
-    original = dmd.one_step
-
-    def spy(G, z, label):
-        if isinstance(G, edm.Precond) and torch.is_grad_enabled() and label.shape == (2, 16):
-            for k in range(2):
-                regressed[k] |= set(label[k].tolist())
-        return original(G, z, label)
-    dmd.one_step = spy
-    try:
-        small_train(tmp_path, members, small_flags(reg_warmup=6, steps=8, batch=16), teacher)
-    finally:
-        dmd.one_step = original
-    assert seen[0] <= {0, 1, 2, 3} and seen[1] <= {4, 5, 6, 7} and seen[0] and seen[1]
-    assert regressed[0] == regressed[1] == set(range(8))
+            regressed[k] |= set(label[k].tolist())
+        return z, y, label
+    trained(dmd, HALVES, flags, tmp_path, teacher=asked, pairs=pairs)
+    assert [asked.classes(k) for k in range(2)] == [set(s.classes) for s in HALVES]
+    assert regressed == [set(ALL), set(ALL)]
 
 
-@pytest.mark.parametrize("fake", ["net", "kde"])
-def test_no_gradient_into_either_score_network(tmp_path, fake):
+@pytest.mark.parametrize("F, pairs, real", [(msd.filter_dm, ALL, ALL), (msd.filter_adm, ALL, (4, 5)),
+                                            (msd.filter_pairs, (4, 5), ALL)])
+def test_a_share_decides_what_a_loop_draws(F, pairs, real):
+    """D_k = F(D, Y_k) is what the draws obey: of another share of the same student others come."""
+    student, flags = [Student(0, 4, 2, (4, 5))], options("--stages dm,adm")
+    D = task_of(dmd, student, flags).given[0].D
+    task = task_of(dmd, student, flags, shares=[F(D, torch.tensor([4, 5]))])
+    batch = common.Batch(Draws("t", student), 0, 400, (2,), slice(None))
+    z, y, label = task.pairs(batch)
+    assert set(label.flatten().tolist()) == set(pairs)
+    assert set(task.real(batch)[1].flatten().tolist()) == set(real)
+    known = task.given[0].pairs
+    row = (known["z"][0] == z[0][:, None]).all(-1).nonzero()[:, 1]  # a pair stays a pair
+    assert torch.equal(y[0], known["y"][0, row]) and torch.equal(label[0], known["label"][0, row])
+    assert F(D, torch.tensor([4, 5])).conditions.tolist() == [4, 5]
+
+
+def test_a_student_whose_classes_have_no_data_is_refused():
+    D = task_of(dmd, ONE, options()).given[0].D
+    for F, less in ((msd.filter_adm, D._replace(real=torch.tensor([0, 1]))),
+                    (msd.filter_pairs, D._replace(pairs=torch.tensor([0, 1])))):
+        with pytest.raises(common.UserError, match=r"\[5\]"):
+            F(less, torch.tensor([5]))
+
+
+def test_no_gradient_into_either_score_network(tmp_path, monkeypatch):
     """The teacher's hash is unchanged after a run; the fake denoiser gets no gradient in the generator's turn."""
-    members = [common.Member(0, 1, 0, tuple(range(8)))]
-    teacher = precond(seed=3)                                       # parameters that could receive a gradient
-    before = common.fingerprint(teacher)
-    turns = []                                                      # does any graph lead into the scores?
-    original = dmd.dm_gradient
+    frozen = denoiser(seed=3)  # parameters that could receive a gradient
+    before, turns, original = common.fingerprint(frozen), [], dmd.dm_gradient
 
     def watched(x, mu_real, mu_fake, *rest):
         turns.append(not mu_real.requires_grad and not mu_fake.requires_grad)
         return original(x, mu_real, mu_fake, *rest)
-    dmd.dm_gradient = watched
-    try:
-        small_train(tmp_path, members, small_flags(fake=fake, kde_points=32, ttur=1), teacher)
-    finally:
-        dmd.dm_gradient = original
-    assert len(turns) == 4 and all(turns)
-    assert common.fingerprint(teacher) == before
-    assert all(p.grad is None for p in teacher.parameters())
-    x = torch.randn(1, 4, 2, requires_grad=True)                    # and in general: neither network gets a gradient
-    mu_fake = precond(seed=4)
-    sigma, label = torch.full((1, 4), 0.1), torch.zeros(1, 4, dtype=torch.int64)
-    grad = dmd.dm_gradient(x, teacher(x, sigma, label), mu_fake(x, sigma, label), sigma)
-    dmd.dm_loss(x, grad).sum().backward()
-    assert x.grad is not None and all(p.grad is None for n in (teacher, mu_fake) for p in n.parameters())
+    monkeypatch.setattr(dmd, "dm_gradient", watched)
+    trained(dmd, ONE, options(LOOP + "--ttur 1"), tmp_path, teacher=frozen)
+    assert turns == [True] * 4
+    assert common.fingerprint(frozen) == before and all(p.grad is None for p in frozen.parameters())
 
 
-def test_stack_equals_separate_runs(tmp_path, double):
-    """Nothing crosses students: 50 updates of a stack of three, and of each alone, in float64."""
-    flags = small_flags(steps=50, reg_warmup=10, clip_norm=1.0, pairs=40)
-    assert_stack_is_its_members(lambda members, name: small_train(tmp_path, members, flags, name=name).state_dict())
+def test_checkpoints_are_chosen_on_draws_that_are_not_reported():
+    """DM's by the teacher's samples, ADM's by the data; both other draws than those of results.json."""
+    inputs = {0: task_of(dmd, ONE, options()).given[0]}
+    truth = inputs[0].judge.truth(0, 800)
+    assert not torch.equal(truth["real"], truth["real_select"])
+    for stage, name, reference in ((dmd, "l1", "select"), (msd.adm, "l1_data", "real_select")):
+        select = task_of(stage, ONE, options(), inputs=inputs).select
+        assert select.name == name and torch.equal(select.references[0], inputs[0].references[reference])
+    mine = Draws("select", ONE).normal(0, "z", 100, 2)
+    assert not torch.equal(mine[0], torch.randn(100, 2, generator=common.generator(0, "report z")))
 
 
-def test_first_step_of_a_float32_stack(tmp_path):
-    flags = small_flags(steps=1, reg_warmup=0, lr=1e-3)
-    members = [common.Member(0, 8, k, (k,)) for k in range(8)]
-    together = small_train(tmp_path, members, flags, name="all").state_dict()
-    alone = small_train(tmp_path, [members[5]], flags, name="one").state_dict()
-    for k, v in alone.items():
-        torch.testing.assert_close(together[k][5:6], v, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("changes", [dict(reg_weight=0.0, ttur=3, reg_warmup=0), dict(dm_weight=0.0), dict(reg_warmup=0, ttur=1)])
-def test_variants_run(tmp_path, changes):
-    """DMD2 without GAN, regression only, DMD 1:1."""
-    members = [common.Member(0, 1, 0, tuple(range(8)))]
-    ema = small_train(tmp_path, members, small_flags(**changes))
-    assert all(torch.isfinite(p).all() for p in ema.parameters())
-
-
-def test_kde_does_not_notice_its_neighbours(tmp_path):
-    """K = 8's student beside K = 1's, and alone: the same weights (float32, to rounding)."""
-    flags = small_flags(fake="kde", kde_points=32, steps=4)
-    members = [common.Member(0, 1, 0, tuple(range(8))), common.Member(0, 8, 5, (5,))]
-    together = small_train(tmp_path, members, flags, name="all").state_dict()
-    alone = small_train(tmp_path, members[1:], flags, name="one").state_dict()
-    for k, v in alone.items():
-        torch.testing.assert_close(together[k][1:], v, atol=1e-5, rtol=1e-5)
+def test_selection_is_the_judges_distance_over_the_students_own_classes():
+    """A generator that is perfect on classes 0 to 3 alone: the one student is at the floor, the other far away."""
+    def G(x, sigma, label):
+        made = data.DATASETS["toy"].sample(label, common.generator("G"))
+        return torch.where((label < 4)[..., None], made, 9.0)
+    select = task_of(dmd, HALVES, options("--select-samples 4000")).select
+    near, far = select(G).tolist()
+    assert near < 0.5 and far == pytest.approx(1)

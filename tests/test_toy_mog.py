@@ -4,6 +4,8 @@ import math
 import pytest
 import torch
 
+import data
+import evaluate
 import toy_mog
 
 
@@ -25,7 +27,7 @@ def test_score_is_the_gradient_of_the_log_density(given):
 
 
 def test_density_integrates_to_one():
-    axis = torch.linspace(-1, 1, 801, dtype=torch.float64)
+    axis = torch.linspace(-1, 1, 201, dtype=torch.float64)  # a third of sigma apart: the sum is the integral
     x = torch.cartesian_prod(axis, axis)
     sigma = torch.full((len(x),), 0.03, dtype=torch.float64)
     total = toy_mog.log_density(x, sigma).exp().sum() * (axis[1] - axis[0]) ** 2
@@ -35,13 +37,13 @@ def test_density_integrates_to_one():
 def test_tweedie():
     """D = x + sigma^2 score [EDM Eq. 3]."""
     x, sigma, label = points()
-    torch.testing.assert_close(toy_mog.denoiser(x, sigma, label), x + sigma[:, None] ** 2 * toy_mog.score(x, sigma, label),
-                               rtol=1e-9, atol=1e-9)
+    D = x + sigma[:, None] ** 2 * toy_mog.score(x, sigma, label)
+    torch.testing.assert_close(toy_mog.denoiser(x, sigma, label), D, rtol=1e-9, atol=1e-9)
 
 
 def test_denoiser_limits():
     x, _, label = points()
-    nothing, huge = torch.full((200,), 1e-7, dtype=torch.float64), torch.full((200,), 1e5, dtype=torch.float64)
+    nothing, huge = (torch.full((200,), level, dtype=torch.float64) for level in (1e-7, 1e5))
     clean = toy_mog.sample(label, torch.Generator().manual_seed(1)).double()
     torch.testing.assert_close(toy_mog.denoiser(clean, nothing, label), clean, atol=1e-8, rtol=0)
     centre = toy_mog.means(dtype=torch.float64).mean(1)[label]
@@ -75,7 +77,7 @@ def test_coverage_of_a_collapsed_class():
     x = toy_mog.means()[0, 3].expand(100, 2)
     check = toy_mog.coverage(x, torch.zeros(100, dtype=torch.int64))
     assert check["modes"] == pytest.approx(1) and check["mode_min"] == 0 and check["mode_max"] == pytest.approx(8)
-    assert toy_mog.coverage(x, torch.ones(100, dtype=torch.int64))["within"] == 0     # the wrong class's Gaussians
+    assert toy_mog.coverage(x, torch.ones(100, dtype=torch.int64))["within"] == 0  # the wrong class's Gaussians
 
 
 def test_histogram_counts_everything():
@@ -109,6 +111,24 @@ def test_toynet_students_are_independent(double):
     assert net(x, c, None).shape == (3, 5, 2)
 
 
-def test_sizes():
+def test_toy_sizes():
+    """Each less than half of the one before; XS has less than a fifth of the teacher's parameters."""
     count = {s: sum(p.numel() for p in toy_mog.toy_net(1, s).parameters()) for s in toy_mog.SIZES}
-    assert list(count) == ["B", "S", "XS", "XXS"] and count["XS"] <= count["B"] / 5 and sorted(count.values())[::-1] == list(count.values())
+    assert count == {"B": 24162, "S": 9822, "XS": 3782, "XXS": 1100}
+
+
+def test_prompts_see_their_embeddings():
+    """toy-prompts: label is a row of E; the net sees E[label] alone; prompts of one class have the same exact denoiser."""
+    facts = data.facts("toy-prompts")
+    E = facts.embeddings()
+    assert E.shape == (32, 8) and facts.classes == 32 and torch.equal(E, toy_mog.prompts())
+    net = facts.net(2)
+    x, c_noise, label = torch.randn(2, 32, 2), torch.zeros(2, 32), torch.arange(32).expand(2, 32)
+    out = net(x, c_noise, label)
+    net.E = E.flip(0)
+    torch.testing.assert_close(net(x, c_noise, 31 - label), out)
+    torch.testing.assert_close(net(x, c_noise, E[label]), out)  # the embeddings themselves
+    x, sigma, label = torch.randn(1, 8, 2), torch.full((1, 8), 0.2), torch.arange(8)[None]
+    a, b = (facts.exact(x, sigma, label + shift) for shift in (0, 16))
+    assert torch.equal(a, b) and torch.equal(a, toy_mog.denoiser(x, sigma, label))
+    assert evaluate.toy_judge(facts).truth(0, 3200)["real"].shape[0] == 32
