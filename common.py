@@ -1,8 +1,8 @@
 """What every training loop stands on: indexed randomness, ranks, AdamW of a stack, averages of weights.
 
-A stack of M students is the leading dimension [M, ...] of every tensor. Every draw is a function of (seed, stage, K, k, step,
-purpose): nothing has to be stored to resume, and a student's stream does not depend on who trains beside it. A student's own
-ranks share its batch and add up its gradients. Not here: run folders and checkpoints (run.py).
+A stack of M students is the leading dimension [M, ...] of every tensor. Every draw is a function of (seed, stage, K, k,
+step, purpose): nothing has to be stored to resume, and a student's stream does not depend on who trains beside it.
+Not here: run folders and checkpoints (run.py).
 """
 import contextlib
 import copy
@@ -36,13 +36,13 @@ class Student:
 
 
 def generator(*key, device="cpu") -> torch.Generator:
-    """A torch.Generator whose stream is a function of `key` alone."""
+    """Its stream is a function of `key` alone."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 class Draws:
-    """Random numbers of one stage for a stack of M students, [M, ...]; each row is keyed by its own student alone."""
+    """Random numbers of one stage, [M, ...]; each row is keyed by its own student alone."""
 
     def __init__(self, stage: str, students: list[Student], device="cpu"):
         self.stage, self.students, self.device = stage, students, device
@@ -51,19 +51,14 @@ class Draws:
     def generators(self, step: int, purpose: str) -> list[torch.Generator]:
         return [generator(s.seed, self.stage, s.K, s.k, step, purpose, device=self.device) for s in self.students]
 
-    def _stack(self, draw, step: int, purpose: str, *args) -> Tensor:
-        """draw: torch.randn, rand or randint, with these arguments."""
+    def stack(self, draw, step: int, purpose: str, *args) -> Tensor:
         return torch.stack([draw(*args, generator=g, device=self.device) for g in self.generators(step, purpose)])
 
     def normal(self, step: int, purpose: str, *shape: int) -> Tensor:
-        return self._stack(torch.randn, step, purpose, shape)
+        return self.stack(torch.randn, step, purpose, shape)
 
     def uniform(self, step: int, purpose: str, *shape: int) -> Tensor:
-        return self._stack(torch.rand, step, purpose, shape)
-
-    def integers(self, step: int, purpose: str, low: int, high: int, *shape: int) -> Tensor:
-        """Uniform on low … high - 1."""
-        return self._stack(torch.randint, step, purpose, low, high, shape)
+        return self.stack(torch.rand, step, purpose, shape)
 
     def label(self, step: int, purpose: str, batch: int) -> Tensor:
         """[M, batch], uniform over each student's own classes."""
@@ -73,9 +68,7 @@ class Draws:
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch of one update: b rows of whatever is drawn for it.
-
-    All is drawn for the whole batch, of which it is the slice `part`: so any number of ranks sees the same noise."""
+    """A micro-batch of one update: b rows of what is drawn for all, so that ranks do not change the noise."""
     draws: Draws
     step: int
     size: int  # of the whole batch
@@ -111,11 +104,12 @@ class Batch:
 
     def integers(self, purpose: str, low: int, high: int) -> Tensor:
         """[M, b], uniform on low … high, both drawn."""
-        return self.draws.integers(self.step, self.of.format(purpose), low, high + 1, self.size)[:, self.part]
+        purpose = self.of.format(purpose)
+        return self.draws.stack(torch.randint, self.step, purpose, low, high + 1, (self.size,))[:, self.part]
 
 
 def latents(seeds, shape) -> Tensor:
-    """Unit-variance latents z [len(seeds), *shape]: each a function of its own seed alone."""
+    """Unit-variance latents [len(seeds), *shape]: each a function of its own seed alone."""
     return torch.stack([torch.randn(shape, generator=generator("latent", int(s))) for s in seeds])
 
 
@@ -147,7 +141,7 @@ class Ranks:
         return list(range(self.rank, number, self.size))
 
     def add_gradients(self, net: torch.nn.Module) -> None:
-        """Add up the gradients of all ranks (each already divided by the whole batch)."""
+        """Add up the gradients of all ranks, each already divided by the whole batch."""
         if self.size > 1:
             with _reached():
                 grads = [p.grad for p in net.parameters() if p.grad is not None]
@@ -167,7 +161,7 @@ class Ranks:
         return flag if self.size == 1 else bool(self.total(torch.tensor(float(flag), device=self.device)))
 
     def gather(self, value: Tensor) -> Tensor:
-        """The ranks' tensors (of equal shape), one after another along the first dimension."""
+        """The ranks' tensors, of equal shape, joined along the first dimension."""
         if self.size == 1:
             return value
         value = value.contiguous()
@@ -190,32 +184,31 @@ class Ranks:
         self.any(False)
 
     def split(self, units: int) -> tuple[list[int], "Ranks"]:
-        """Share out `units` trainings: (those of this rank, the ranks that it trains them with). Every rank must call it.
+        """Share out `units` trainings: (those of this rank, the ranks that it trains them with). All ranks call it.
 
-        Each gets equally many ranks; fewer ranks take them in turn. UserError if there are more, but not a multiple."""
+        Each gets equally many ranks; fewer ranks take them in turn. UserError if there are more, but no multiple."""
         if self.size < units:
             return self.share(units), Ranks(device=self.device)
         each, rest = divmod(self.size, units)
         if rest:
-            raise UserError(f"{self.size} ranks cannot be shared by {units} students; start {units * each} or a multiple")
-        lists = [list(range(u * each, (u + 1) * each)) for u in range(units)]
-        groups = [dist.new_group(m, timeout=PATIENCE) if each > 1 and len(lists) > 1 else self.group for m in lists]
+            raise UserError(f"{self.size} ranks for {units} students: start {units * each} or another multiple")
+        lists = [list(range(u, u + each)) for u in range(0, self.size, each)]
+        groups = [dist.new_group(m, timeout=PATIENCE) if each > 1 and units > 1 else self.group for m in lists]
         mine = self.rank // each
         return [mine], Ranks(lists[mine], groups[mine], self.device)
 
 
 @contextlib.contextmanager
 def _reached():
-    """A peer that is gone shows as a RuntimeError of the engine: a UserError instead."""
+    """Makes the engine's RuntimeError, when a peer is gone, a UserError."""
     try:
         yield
     except RuntimeError as error:
-        what = str(error).splitlines()[0][:120]
-        raise UserError(f"rank {os.environ['RANK']}: another rank stopped ({what}); its own message says why") from None
+        raise UserError(f"rank {os.environ['RANK']}: another rank stopped, and says why itself: {error}") from None
 
 
 def leave(ranks: Ranks) -> None:
-    """The last thing that all ranks do, together: torchrun ends all when one of them ends badly."""
+    """The end of all ranks, together: torchrun ends all when one ends badly."""
     if ranks.size > 1:
         ranks.wait()
         dist.destroy_process_group()
@@ -223,7 +216,7 @@ def leave(ranks: Ranks) -> None:
 
 
 def world(device: torch.device) -> Ranks:
-    """All ranks that torchrun started (WORLD_SIZE in the environment); a group of one without it."""
+    """All ranks that torchrun started; a group of one without it."""
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         return Ranks(device=device)
@@ -279,11 +272,11 @@ class AdamW:
         self.state_dict, self.load_state_dict = self.adamw.state_dict, self.adamw.load_state_dict
 
     def backward(self, losses: Tensor) -> None:
-        """Add the gradient of a micro-batch; losses [M, b]: mean over the global batch, sum over students."""
+        """Add the gradient of a micro-batch's losses [M, b]: mean over the whole batch, sum over students."""
         self.add(losses.sum(-1) / self.run.batch)
 
     def add(self, loss: Tensor) -> None:
-        """Add the gradient of a loss [M] that is a mean over the global batch already."""
+        """Add the gradient of a loss [M] that is such a mean already."""
         loss.sum().backward()
         self.loss = self.loss + loss.detach()
 
@@ -303,7 +296,7 @@ class AdamW:
 class Average:
     """The weights that are kept: an exponential moving average `now`, and the `best` it has been for each student.
 
-    select(net) -> [M]: the distance by which that is chosen; select.name: in metrics.csv."""
+    select(net) -> [M]: the distance by which that is chosen, in metrics.csv as select.name."""
 
     def __init__(self, net: nn.Module, decay: float, select=None):
         self.net, self.decay, self.select = net, decay, select

@@ -1,16 +1,11 @@
 """What is known of each dataset, and one stream of (x, label) from it.
 
-A stage file never asks which dataset it trains on: what differs is a value in DATASETS, or a preset.
-
-  facts       shape, classes, network, chunk of the sampler …
-  source      the data: `batch` gives (x in [-1, 1], label) of a student's own classes Y_k [MSD Eq. 1], in an order that
-              is a function of the step alone, so that a killed run goes on with the very next batch
-
-Not here: how files of images are read (images.py), how samples are judged (evaluate.py).
+A stage never asks which dataset it trains on: what differs is a value in DATASETS, or a preset. `batch` gives (x in
+[-1, 1], label) of a student's own classes Y_k [MSD Eq. 1], in an order that is a function of the step alone: a killed
+run goes on with the very next batch.
 """
 import functools
 import hashlib
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,19 +28,19 @@ Pair = tuple[Tensor, Tensor]  # x [..., *shape] and label [...]
 class Facts:
     """What is known of a dataset before any of it is seen."""
     name: str
-    shape: tuple[int, ...]           # of one x
-    classes: int                     # |Y|; of the dataset, never of a filtered part of it
+    shape: tuple[int, ...]  # of one x
+    classes: int  # |Y|; of the dataset, never of a filtered part of it
     fields: dict = field(compare=False)  # {name of a size: (width, depth), or a unet.Size}, the teacher's first
-    stacked: bool                    # do students live in one stack [M, B, ...]? Else each is a stack of one
-    chunk: int                       # samples per call of the teacher's sampler; one file each
-    metric: str                      # l1 or fd
-    native: int = 0                  # pixels of the data as they come
-    flip: bool = False               # mirrored half of the time
-    sigma_data: float = 0.5          # EDM's sigma_data
-    exact: Callable | None = None    # the optimal denoiser (x, sigma, label) -> D, where there is one …
-    sample: Callable | None = None   # … and the sampler of the data that goes with it, (label, generator) -> x
-    embeddings: Callable | None = None       # embeddings() -> [classes, d]: conditions are rows of a fixed table
-    meaning: Callable = lambda label: label  # the class [...] that a label [...] stands for, where several mean one
+    stacked: bool  # do students live in one stack [M, B, ...]? Else each is a stack of one
+    chunk: int  # samples per call of the teacher's sampler; one file each
+    metric: str  # l1 or fd
+    native: int = 0  # pixels of the data as they come
+    flip: bool = False  # mirrored half of the time
+    sigma_data: float = 0.5
+    exact: Callable | None = None  # the optimal denoiser (x, sigma, label) -> D, where there is one
+    sample: Callable | None = None  # the sampler of the data that goes with it, (label, generator) -> x
+    embeddings: Callable | None = None  # () -> [classes, d]: conditions are rows of a fixed table
+    meaning: Callable = lambda label: label  # the class [...] that a label [...] stands for
 
     @property
     def sizes(self) -> tuple[str, ...]:
@@ -57,7 +52,7 @@ class Facts:
         return self.shape[-1] if self.native else 0
 
     def net(self, students: int = 1, size=None):
-        """F(x, c_noise, label) of `students` students; size: one of `sizes`, the first if not given, or its fields."""
+        """F(x, c_noise, label) of so many students; size: one of `sizes`, by default the first, or its fields."""
         size = size or self.sizes[0]
         if self.stacked:
             return toy_mog.toy_net(students, size, self.embeddings and self.embeddings())
@@ -66,7 +61,7 @@ class Facts:
         return unet.UNet(self.shape[1], self.shape[0], self.classes, size)
 
     def narrowed(self, size, keep: float) -> tuple:
-        """About this share of a size's channels, as fields for `net`; widths of images stay fit for group norms."""
+        """About this share of a size's channels, as fields for `net`; images' stay fit for group norms."""
         width, *rest = self.fields[size] if isinstance(size, str) else size
         unit = 1 if not self.native else 32 if width >= 64 else 4
         return (max(unit, 4, round(width * keep / unit) * unit), *rest)
@@ -80,7 +75,6 @@ TOY = dict(shape=(2,), fields=toy_mog.SIZES, stacked=True, chunk=8192, metric="l
 IMAGES = dict(stacked=False, metric="fd")
 DATASETS = {known.name: known for known in (
     Facts("toy", classes=toy_mog.CLASSES, exact=toy_mog.denoiser, sample=toy_mog.sample, **TOY),
-    # text-like conditions: a label picks a row of a fixed table of embeddings; partitions and router look at them
     Facts("toy-prompts", classes=toy_mog.PROMPTS, embeddings=toy_mog.prompts, meaning=toy_mog.prompt_class,
           exact=_exact_prompts, sample=lambda label, g: toy_mog.sample(toy_mog.prompt_class(label), g), **TOY),
     Facts("fashion-mnist", (1, 16, 16), 10, fields=unet.LAPTOP, chunk=500, native=32, **IMAGES),
@@ -90,7 +84,7 @@ DATASETS = {known.name: known for known in (
 
 
 def facts(name: str, resolution: int = 0) -> Facts:
-    """Of a dataset at its own resolution, or pooled to another. UserError if it can't be."""
+    """At the dataset's own resolution, or pooled to another. UserError if it can't be."""
     known = DATASETS[name]
     if not resolution:
         return known
@@ -100,24 +94,23 @@ def facts(name: str, resolution: int = 0) -> Facts:
     return replace(known, shape=(known.shape[0], resolution, resolution))
 
 
-def stratified(batch: int, classes: int, device="cpu") -> Tensor:
+def stratified(batch: int, classes: int) -> Tensor:
     """Labels [batch] in turn, 0, 1, …, classes - 1, 0, …: equal shares."""
-    return torch.arange(batch, device=device) % classes
+    return torch.arange(batch) % classes
 
 
 def _own(label: Tensor, student: Student) -> Tensor:
-    """Which of label [N] are classes of the student's. UserError if none."""
+    """Where in label [N] the student's classes are. UserError if nowhere."""
     index = torch.isin(label, torch.tensor(student.classes, device=label.device)).nonzero()[:, 0]
     if not len(index):
-        raise UserError(f"{student}: the data have none of its classes (--real generated: give more --pairs)")
+        raise UserError(f"{student}: the data (of --real generated: the --pairs) have none of its classes")
     return index
 
 
+@dataclass
 class Mixture:
     """The toy's source: new samples at every step."""
-
-    def __init__(self, known: Facts):
-        self.known = known
+    known: Facts
 
     def batch(self, draws: Draws, step: int, batch: int, part: slice = slice(None)) -> Pair:
         """x [M, b, 2] and labels [M, b] of each student's classes: `part` of the batch of this step."""
@@ -126,7 +119,7 @@ class Mixture:
         return x[:, part], label[:, part]
 
     def truth(self, seed: int, number: int) -> list[Pair]:
-        """Two independent draws (x, label) of the data, equal shares of classes: a reference, and its floor."""
+        """Two independent draws (x, label) of the data, equal shares of classes."""
         label = stratified(number, self.known.classes)
         return [(self.known.sample(label, generator(seed, name)), label) for name in ("real 1", "real 2")]
 
@@ -136,19 +129,14 @@ class Images:
 
     def __init__(self, x: Tensor, label: Tensor, flip: bool = False, test: Pair | None = None):
         self.x, self.label, self.flip, self.test = x, label, flip, test
-        self.orders, self.lock = {}, threading.Lock()  # the reader and the loop both ask for orders
+        self.order = functools.lru_cache(maxsize=8)(self.order)  # of the loop's thread and of the worker's
         self.ahead, self.worker = {}, ThreadPoolExecutor(1)
 
     def order(self, student: Student, stage: str, epoch: int) -> Tensor:
         """The images of the student's classes in the order of this epoch."""
-        key = (student, stage, epoch)
-        with self.lock:
-            if key not in self.orders:
-                own = _own(self.label, student)
-                g = generator(student.seed, stage, student.K, student.k, epoch, "order")
-                self.orders = {k: v for k, v in self.orders.items() if k[2] in (0, epoch - 1, epoch)}
-                self.orders[key] = own[torch.randperm(len(own), generator=g)]
-            return self.orders[key]
+        own = _own(self.label, student)
+        g = generator(student.seed, stage, student.K, student.k, epoch, "order")
+        return own[torch.randperm(len(own), generator=g)]
 
     def indices(self, student: Student, stage: str, first: int, number: int) -> Tensor:
         """Which images the student sees as its first-th, (first + 1)-th, … of the stage."""
@@ -166,10 +154,9 @@ class Images:
     def batch(self, draws: Draws, step: int, batch: int, part: slice = slice(None)) -> Pair:
         """x [M, b, C, H, W] in [-1, 1] and labels [M, b]; the next step's are read ahead."""
         key = (draws.stage, tuple(draws.students), batch, part.start, part.stop)
-        ready = self.ahead.pop((step, key), None)
-        x, label = ready.result() if ready else self._read(draws, step, batch, part)
-        self.ahead = {(at, k): v for (at, k), v in self.ahead.items() if at >= step}
-        self.ahead[step + 1, key] = self.worker.submit(self._read, draws, step + 1, batch, part)
+        at, ready = self.ahead.pop(key, (-1, None))
+        x, label = ready.result() if at == step else self._read(draws, step, batch, part)
+        self.ahead[key] = step + 1, self.worker.submit(self._read, draws, step + 1, batch, part)
         x = images.to_float(x.to(draws.device))
         if self.flip:
             mirrored = draws.uniform(step, "flip", batch)[:, part, None, None, None] < 0.5
@@ -184,16 +171,17 @@ class Images:
         return [(self.x, self.label), (self.x[drawn], self.label[drawn])]
 
     def fingerprint(self) -> str:
-        """A hash of the labels and of some images."""
+        """Of the labels and of some images."""
         some = self.x[torch.linspace(0, len(self.x) - 1, min(64, len(self.x))).long()]
         return hashlib.sha256(self.label.numpy().tobytes() + some.numpy().tobytes()).hexdigest()[:16]
 
 
+@dataclass
 class Generated:
-    """A teacher's samples y [seeds, N, *shape], label [seeds, N] as data, drawn with replacement [MSD App. D.3.3]."""
-
-    def __init__(self, y: Tensor, label: Tensor, seeds: list[int]):
-        self.y, self.label, self.seeds = y, label, seeds
+    """A teacher's samples as data, drawn with replacement [MSD App. D.3.3]."""
+    y: Tensor  # [seeds, N, *shape]
+    label: Tensor  # [seeds, N]
+    seeds: list[int]
 
     def batch(self, draws: Draws, step: int, batch: int, part: slice = slice(None)) -> Pair:
         """y [M, b, *shape] and labels [M, b]."""
@@ -207,7 +195,7 @@ class Generated:
 
 
 def source(flags: run.Flags):
-    """The data of --dataset, from --data or the usual places. UserError if they can't be found or read."""
+    """The data of --dataset, from --data or the usual places."""
     known = facts(flags.dataset, flags.resolution)
     if known.sample:
         return Mixture(known)
@@ -216,7 +204,7 @@ def source(flags: run.Flags):
 
 
 def opened(flags: run.Flags, ranks: Ranks) -> Callable:
-    """source(), which reads when first asked; of several ranks the first reads, and decodes, before the others."""
+    """source(), which reads when first asked; of several ranks the first reads, and decodes, first."""
     once = functools.cache(lambda: source(flags))
     if ranks.size > 1 and not facts(flags.dataset).stacked:
         if ranks.rank == 0:
@@ -226,6 +214,6 @@ def opened(flags: run.Flags, ranks: Ranks) -> Callable:
 
 
 def same_data(flags: run.Flags, held: Images) -> None:
-    """The classifier and the features in OUT/data belong to these images. UserError if they were made from others."""
+    """OUT/data belongs to these images. UserError if its classifier and features were made from others."""
     run.check_config(Path(flags.out) / "data", {"dataset": flags.dataset, "resolution": held.x.shape[-1],
                                                 "images": held.fingerprint()})

@@ -1,17 +1,16 @@
-"""Fréchet distance between two sets of images: the number by which every table of the papers compares generators.
+"""Fréchet distance between two sets of images [Heusel et al. 2017]: the number by which the papers compare generators.
 
-Features of both sets, a mean and a covariance each (float64, unbiased, as EDM's fid.py), then the distance between the
-two Gaussians [Heusel et al. 2017]. "FID": in the features of NVIDIA's Inception (inception-2015-12-05.pt, at
-nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics; a TorchScript file is a program: give only that one).
-"FD (our classifier)": of a small convnet trained here. That is no FID, nor do the FDs of two classifiers compare.
+Mean and covariance of the features of each set (as EDM's fid.py), then the distance of the two Gaussians. FID: features
+of NVIDIA's Inception (nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt; a
+TorchScript file is a program: give only that one). FD (our classifier): of a small convnet trained here; no FID.
 
 Departure: the trace of the root of C1 C2 is the sum of the singular values of C1^(1/2) C2^(1/2), their roots from
 symmetric eigendecompositions: never complex, and sound for fewer images than features.
 
     python fid.py --images samples.npz --ref imagenet-64x64.npz --features inception-2015-12-05.pt
 """
+import math
 import sys
-import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +31,13 @@ INCEPTION = "inception-2015-12-05.pt"
 # ------------------------------------------------ statistics and distance
 
 class Moments:
-    """Mean and unbiased covariance of features that come in pieces, float64; any split gives the same to rounding."""
+    """Mean and unbiased covariance of features that come in pieces, float64."""
 
     def __init__(self):
         self.n, self._mean, self._scatter = 0, 0.0, 0.0
 
     def add(self, features: Tensor) -> "Moments":
-        """Take in features [B, d]; returns itself. Scatters about each piece's mean: sums of squares would cancel."""
+        """Take in features [B, d]; returns itself. Scatter about the own mean: sums of squares would cancel."""
         x = torch.as_tensor(features).detach().cpu().double()
         if len(x):
             n, mean = self.n + len(x), x.mean(0)
@@ -63,7 +62,7 @@ def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _root(cov: Tensor) -> Tensor:
-    """A [d, r], A A^T = cov [d, d] of rank r. Eigenvalues below rounding are dropped: the root of 1e-16 is 1e-8."""
+    """A [d, r], A A^T = cov [d, d]. Eigenvalues below rounding are dropped: the root of 1e-16 is 1e-8."""
     value, vector = torch.linalg.eigh((cov + cov.T) / 2)
     keep = value > len(cov) * torch.finfo(value.dtype).eps * value.abs().max()
     return vector[:, keep] * value[keep].sqrt()
@@ -84,13 +83,12 @@ def frechet_distance(mu1, cov1, mu2, cov2) -> float:
 # --------------------------------------------------------------- features
 
 class Inception:
-    """NVIDIA's TorchScript Inception, of EDM's numbers and reference statistics. UserError if it is something else."""
+    """NVIDIA's TorchScript Inception. UserError if the file is something else."""
     name, dimension = "FID", 2048
 
     def __init__(self, path, device="cpu"):
         self.device = device
-        with images.reading(f"{path}: not NVIDIA's {INCEPTION}"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch announces the end of TorchScript
+        with images.reading(f"{path}: not NVIDIA's {INCEPTION}"):
             self.net = torch.jit.load(str(path), map_location=device).eval()
             probe = self.features(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
             if probe.shape != (2, self.dimension):
@@ -98,18 +96,18 @@ class Inception:
 
     @torch.no_grad()
     def features(self, x: Tensor, batch: int = 64) -> Tensor:
-        """[N, 2048] float32 on the CPU, of uint8 images x [N, C, H, W]; grey ones are repeated to three channels."""
+        """[N, 2048] float32 on the CPU, of uint8 images x [N, C, H, W], C = 1 or 3."""
         return torch.cat([self.net(part.expand(-1, 3, -1, -1).contiguous().to(self.device), return_features=True)
                          .float().cpu() for part in x.split(batch)])
 
 
 class Classifier(nn.Module):
-    """A small convnet for images of `shape` (C, H, W), 16 pixels or more: about 125 000 weights, 64 features."""
+    """A small convnet for images of `shape` (C, H, W), 16 pixels or more: about 125 000 weights."""
     name, dimension = "FD (our classifier)", 64
 
     def __init__(self, shape, classes: int):
         super().__init__()
-        self.shape, self.classes, self.accuracy = tuple(shape), classes, float("nan")
+        self.shape, self.classes = tuple(shape), classes
         self.conv = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in ((self.shape[0], 32), (32, 64), (64, 64)))
         self.norm = nn.ModuleList(nn.GroupNorm(8, b) for b in (32, 64, 64))
         self.feature, self.out = nn.Linear(64 * 4 * 4, self.dimension), nn.Linear(self.dimension, classes)
@@ -125,29 +123,26 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def features(self, x: Tensor, batch: int = 512) -> Tensor:
-        """[N, 64] float32 on the CPU, of uint8 images x [N, C, H, W]. UserError if they are not of `shape`."""
+        """[N, 64] float32 on the CPU, of uint8 images x [N, *shape]. UserError for another shape."""
         if tuple(x.shape[1:]) != self.shape:
-            raise UserError(f"the images are {list(x.shape[1:])}, the classifier is for {list(self.shape)}")
+            raise UserError(f"images {list(x.shape[1:])}, but a classifier for {list(self.shape)}")
         device = self.out.weight.device
         return torch.cat([self.embed(images.to_float(part.to(device))).cpu() for part in x.split(batch)])
 
 
-def train_classifier(x: Tensor, label: Tensor, classes: int, seed: int = 0, epochs: int = 3, device="cpu",
-                     batch: int = 128, lr: float = 3e-3) -> Classifier:
-    """A Classifier trained on uint8 images x [N, C, H, W], label [N]; on a CPU bit-identical for equal arguments.
-
-    `.accuracy`: the share of right answers during the last epoch."""
+def train_classifier(x: Tensor, label: Tensor, classes: int, seed: int = 0, epochs: int = 3, device="cpu"):
+    """A Classifier trained on uint8 images x [N, C, H, W], label [N]; on a CPU bit-identical for equal arguments."""
     net, g = Classifier(x.shape[1:], classes), generator("classifier", seed, "init")
     for layer in (*net.conv, net.feature, net.out):
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=g)
         nn.init.zeros_(layer.bias)
     net.to(device)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01)
-    batches = [rows for epoch in range(epochs)
-               for rows in torch.randperm(len(x), generator=generator("classifier", seed, epoch)).split(batch)]
+    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.01)
+    orders = [torch.randperm(len(x), generator=generator("classifier", seed, epoch)) for epoch in range(epochs)]
+    batches = [rows for order in orders for rows in order.split(128)]
     right = torch.zeros((), dtype=torch.long, device=device)
     for step, rows in enumerate(run.bar(batches, "classifier", len(batches))):
-        optimizer.param_groups[0]["lr"] = learning_rate(lr, step, len(batches), len(batches) // 10, "cosine")
+        optimizer.param_groups[0]["lr"] = learning_rate(3e-3, step, len(batches), len(batches) // 10, "cosine")
         target = label[rows].to(device)
         logits = net(images.to_float(x[rows].to(device)))
         loss = F.cross_entropy(logits, target)
@@ -156,15 +151,14 @@ def train_classifier(x: Tensor, label: Tensor, classes: int, seed: int = 0, epoc
         optimizer.step()
         if step >= len(batches) - len(batches) // epochs:  # the last epoch
             right += (logits.argmax(1) == target).sum()
-    net.accuracy = right.item() / len(x)
-    print(f"classifier: {net.accuracy:.1%} of its last epoch right, seed {seed}")
+    print(f"classifier: {right.item() / len(x):.1%} of its last epoch right, seed {seed}")
     return net.requires_grad_(False).eval()
 
 
 def save_classifier(path, net: Classifier) -> None:
     """Atomically."""
-    run.save_tensors(Path(path), {"kind": "fid.Classifier", "shape": list(net.shape), "classes": net.classes,
-                                  "accuracy": net.accuracy, "net": {k: v.cpu() for k, v in net.state_dict().items()}})
+    weights = {k: v.cpu() for k, v in net.state_dict().items()}
+    run.save_tensors(Path(path), {"shape": list(net.shape), "classes": net.classes, "net": weights})
 
 
 def load_classifier(path) -> Classifier:
@@ -173,7 +167,6 @@ def load_classifier(path) -> Classifier:
     with images.reading(f"{path}: not a classifier of this code"):
         net = Classifier(saved["shape"], saved["classes"])
         net.load_state_dict(saved["net"])
-        net.accuracy = saved["accuracy"]
     return net.requires_grad_(False).eval()
 
 
@@ -184,22 +177,14 @@ def extractor(path, device="cpu") -> Inception | Classifier:
     return Inception(path, device) if script else load_classifier(path).to(device)
 
 
-def moments(net, x: Tensor) -> Moments:
-    """Of the features of uint8 images x [N, C, H, W], in pieces: features of all need not fit in memory."""
-    out, pieces = Moments(), x.split(1024)
-    for piece in run.bar(pieces, "features", len(pieces)):
-        out.add(net.features(piece))
-    return out
-
-
 # ----------------------------------------------------------- command line
 
 @dataclass
 class Flags:
     """Of the command"""
     prefix = ""
-    images: str = flag("", "what to measure: npz of the ADM evaluator, folder of PNG or JPEG, or students' folder of a run")
-    ref: str = flag("", "the reference: npz of statistics (mu, sigma), or images as above; all of it is used")
+    images: str = flag("", "npz of the ADM evaluator, folder of PNG or JPEG, or a students' folder of a run")
+    ref: str = flag("", "the same, or npz of statistics (mu, sigma)")
     features: str = flag(INCEPTION, "NVIDIA's TorchScript Inception (FID), or a classifier's file (FD)")
     device: str = flag("auto", "auto, cpu, cuda or mps")
 
@@ -207,19 +192,19 @@ class Flags:
 CONFLICTS = [(lambda f: not f.images or not f.ref, "--images and --ref: say what to measure, and what to compare with")]
 
 
-def reference(path: str, net, size) -> tuple[Tensor, Tensor, float]:
-    """mu [d], sigma [d, d], and of how many images (inf: unknown): statistics if the file has them, else of its images.
+def gaussian(path: str, net) -> tuple[Tensor, Tensor, float, torch.Size | None]:
+    """mu [d], cov [d, d], of how many images, of which size; of an npz of statistics inf and None.
 
-    ADM's files hold both; their statistics come from far more images, but are of use for the Inception alone."""
+    ADM's files hold images and statistics, which are of far more images, but the Inception's alone."""
     if path.endswith(".npz"):
         with images.reading(path), np.load(path) as f:
             if "mu" in f and (f["mu"].shape == (net.dimension,) or "arr_0" not in f):
-                return torch.as_tensor(f["mu"]), torch.as_tensor(f["sigma"]), float("inf")
-    x = images.read(path)
-    if x.shape[2:] != size:
-        raise UserError(f"{path}: {list(x.shape[2:])} pixels, --images has {list(size)}")
-    of = moments(net, x)
-    return of.mean(), of.cov(), of.n
+                return f["mu"], f["sigma"], math.inf, None
+    x, out = images.read(path), Moments()
+    pieces = x.split(1024)  # features of all need not fit in memory
+    for piece in run.bar(pieces, "features", len(pieces)):
+        out.add(net.features(piece))
+    return out.mean(), out.cov(), out.n, x.shape[2:]
 
 
 @command
@@ -227,15 +212,16 @@ def main(argv=None):
     """Measure --images against --ref."""
     f = parse(Flags, {}, argv, __doc__)
     check(f, CONFLICTS)
-    net, x = extractor(f.features, run.device(f.device)), images.read(f.images)
-    here = moments(net, x)
-    mu, cov, n = reference(f.ref, net, x.shape[2:])
-    if min(here.n, n) < net.dimension:
-        print(f"warning: {min(here.n, n):,} images for {net.dimension:,} features: the distance comes out too large",
-              file=sys.stderr)
+    net = extractor(f.features, run.device(f.device))
+    (mu1, cov1, n, size), (mu2, cov2, of, other) = gaussian(f.images, net), gaussian(f.ref, net)
+    if size and other and size != other:
+        raise UserError(f"--images of {list(size)} pixels, --ref of {list(other)}")
+    if min(n, of) < net.dimension:
+        few = f"warning: {min(n, of):,} images for {net.dimension:,} features: the distance comes out too large"
+        print(few, file=sys.stderr)
     with images.reading(f.ref):
-        distance = frechet_distance(here.mean(), here.cov(), mu, cov)
-    print(f"{net.name}: {distance:.4g} ({here.n:,} images against {f.ref})")
+        distance = frechet_distance(mu1, cov1, mu2, cov2)
+    print(f"{net.name}: {distance:.4g} ({n:,} images against {f.ref})")
 
 
 if __name__ == "__main__":

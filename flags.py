@@ -1,7 +1,7 @@
 """Command-line flags: a dataclass is a heading, a field of it is a flag; a user's mistake is one line and exit code 2.
 
-`flag` declares one, `parse` reads a command line; config.json knows it by its `typed` name. Not here: what the flags mean
-(beside the code that reads them) and what excludes what (CONFLICTS in msd.py and o2mkd.py).
+`flag` declares one, `parse` reads a command line; config.json knows it by its `typed` name. Not here: what the flags
+mean (beside the code that reads them) and what excludes what (CONFLICTS in msd.py and o2mkd.py).
 """
 import argparse
 import dataclasses
@@ -12,7 +12,6 @@ import math
 import operator
 import os
 import re
-import shlex
 import sys
 import typing
 import zipfile
@@ -21,15 +20,15 @@ import torch
 
 
 class UserError(Exception):
-    """A mistake that the user can mend."""
+    """A mistake that the user can mend, told in a line."""
 
 
 def said(error: BaseException) -> str | None:
-    """The line for an error that is the user's or the machine's, None for one that is ours."""
+    """What to tell of an error that is the user's or the machine's; None of one that is ours."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-        return "the memory is full; --micro-batch N takes N samples at a time through a network, with the same result"
+        return "the memory is full; --micro-batch N takes N samples at a time, with the same result"
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename else str(error)
     if isinstance(error, (json.JSONDecodeError, zipfile.BadZipFile)):
@@ -38,28 +37,28 @@ def said(error: BaseException) -> str | None:
 
 
 def command(main):
-    """Decorator of every `main(argv=None)`: what `said` knows ends with its line and code 2, Ctrl-C with 130."""
+    """Decorator of every main: what `said` knows ends with its line and code 2, Ctrl-C with 130."""
     @functools.wraps(main)
     def wrapped(argv=None):
         try:
             return main(argv)
         except KeyboardInterrupt:
-            again = shlex.join([sys.executable, *sys.argv])
-            print(f"\ninterrupted; this goes on from the last checkpoint:\n  {again}", file=sys.stderr)
+            print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
             code = 130
         except Exception as error:
-            if said(error) is None:
+            line = said(error)
+            if line is None:
                 raise
-            print(f"error: {said(error)}", file=sys.stderr, flush=True)
+            print("error:", line.partition("\n")[0], file=sys.stderr, flush=True)
             if torch.distributed.is_initialized():
-                os._exit(2)  # the engine's threads, without their peers, would end as a crash
+                os._exit(2)  # the engine's threads, without their peers, would crash
             code = 2
         raise SystemExit(code)
     return wrapped
 
 
 class Bins(typing.NamedTuple):
-    """Noise levels low to high, both drawn, of the 1000 of edm.sigma_bins: 0 to 999."""
+    """Noise levels low to high, both drawn, of the 1000 of edm.sigma_bins."""
     low: int
     high: int
 
@@ -67,12 +66,17 @@ class Bins(typing.NamedTuple):
 def flag(default, help: str, *, choices=(), low=None, below=math.inf, pattern="", name: str = "", record: bool = True):
     """A field that becomes a flag: --PREFIX-FIELD, PREFIX of its class, or --NAME.
 
-    Accepted: choices; numbers from low, below `below`, never nan or inf; texts of this pattern. record: does it determine
-    the result of its stage, so that it stands in config.json?"""
+    Accepted: choices; numbers from low on, below `below`; texts of this pattern. record: does it determine its stage's
+    result, so that it stands in config.json?"""
     meta = dict(help=help, choices=choices, low=low, below=below, pattern=pattern, name=name, record=record)
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=meta)
     return dataclasses.field(default=default, metadata=meta)
+
+
+def _own(group) -> list:
+    """Its fields that are flags, not groups."""
+    return [f for f in dataclasses.fields(group) if f.metadata]
 
 
 def typed(cls, field) -> str:
@@ -87,7 +91,7 @@ def option(name: str) -> str:
 
 def values(group, *names: str) -> dict:
     """{typed name: value} of a group's fields: of those named, or of all that determine a result."""
-    fields = [f for f in dataclasses.fields(group) if (f.name in names if names else f.metadata["record"])]
+    fields = [f for f in _own(group) if (f.name in names if names else f.metadata["record"])]
     return {typed(type(group), f): getattr(group, f.name) for f in fields}
 
 
@@ -111,16 +115,14 @@ class _Parser(argparse.ArgumentParser):
 
 def _kind(hint) -> dict:
     """How argparse reads a field of this type."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    inner = typing.get_args(hint)
     if hint is bool:
         return dict(action=argparse.BooleanOptionalAction)
     if hint is Bins:
         return dict(type=int, nargs=2, metavar=("LOW", "HIGH"))
-    if origin is list:
-        return dict(type=inner[0], nargs="+", metavar=inner[0].__name__)
-    if origin is tuple:  # words in one argument: split,reg
-        return dict(type=lambda text: tuple(word.strip() for word in text.split(",")), metavar="word,word")
-    return dict(type=hint, metavar=hint.__name__)
+    if typing.get_origin(hint) is tuple:  # words in one argument: split,reg
+        return dict(type=lambda text: tuple(word.strip() for word in text.split(",")))
+    return dict(type=inner[0], nargs="+") if inner else dict(type=hint)
 
 
 def _wrong(value, choices=(), low=None, below=math.inf, pattern="", **other) -> str:
@@ -133,7 +135,7 @@ def _wrong(value, choices=(), low=None, below=math.inf, pattern="", **other) -> 
     if pattern and not re.fullmatch(pattern, value):
         return f"{value[:80]}: must match {pattern}"
     if isinstance(value, Bins) and not 0 <= value.low <= value.high <= 999:
-        return f"{value.low} {value.high}: lowest and highest of 0 to 999"
+        return f"{_shown(value)}: lowest and highest of 0 to 999"
     return ""
 
 
@@ -142,43 +144,39 @@ def _shown(value) -> str:
 
 
 def parse(cls, presets: dict, argv=None, doc: str = ""):
-    """Command line -> cls, whose fields are flags, or groups of flags (dataclasses). A flag beats a preset beats a default.
+    """Command line -> cls, whose fields are flags or groups of flags. A flag beats a preset beats a default.
 
-    presets: {group ("" = cls itself): {(dataset, preset) or (dataset, preset, student size): {field: value}}}; "like" in
-    the group "run": the dataset whose values hold where a dataset has none of its own."""
+    presets: {group ("" = cls itself): {(dataset, preset) or (dataset, preset, student size): {field: value}}}; "like"
+    in the group "run": the dataset whose values hold where there are none of its own."""
     parts = {"": cls, **{f.name: f.type for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.type)}}
     parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     table, default, chosen = {}, {}, {}  # by typed name: (group, field), and values
     for group, part in parts.items():
         heading = parser.add_argument_group(part.__doc__.splitlines()[0])
-        for f in filter(lambda f: f.metadata, dataclasses.fields(part)):
+        for f in _own(part):
             name = typed(part, f)
             table[name] = group, f
             default[name] = f.default_factory() if f.default is dataclasses.MISSING else f.default
             text = f"{f.metadata['help']} [{_shown(default[name])}]".replace("%", "%%")
             heading.add_argument(option(name), dest=name, help=text, default=argparse.SUPPRESS, **_kind(f.type))
     given = vars(parser.parse_args(argv))
-    for name, value in given.items():
-        f = table[name][1]
-        given[name] = Bins(*value) if f.type is Bins else value
-        if wrong := _wrong(given[name], **f.metadata):
-            parser.error(f"{option(name)} {wrong}")
 
     dataset, preset, size = (given.get(name, default.get(name)) for name in ("dataset", "preset", "student_size"))
-    lines = presets.get("run", {(dataset, preset): {}})
-    if (dataset, preset) not in lines:
-        names = [key[1] for key in lines if key[0] == dataset]
-        parser.error(f"--preset {preset}: not known for {dataset}{near(preset, names)} (one of {', '.join(names)})")
-    like = lines[dataset, preset].get("like", dataset)
+    lines = presets.get("run", {})
+    like = lines.get((dataset, preset), {}).get("like", dataset)
     for name, (group, f) in table.items():
         for key in ((like, preset), (dataset, preset), (like, preset, size)):
             line = presets.get(group, {}).get(key, {})
             if f.name in line:
-                chosen[name] = Bins(*line[f.name]) if f.type is Bins else line[f.name]
-
+                chosen[name] = line[f.name]
     made, best = {group: {} for group in parts}, default | chosen | given
     for name, (group, f) in table.items():
-        made[group][f.name] = best[name]
+        made[group][f.name] = value = Bins(*best[name]) if f.type is Bins else best[name]
+        if name in given and (wrong := _wrong(value, **f.metadata)):
+            parser.error(f"{option(name)} {wrong}")
+    if lines and (dataset, preset) not in lines:
+        names = [key[1] for key in lines if key[0] == dataset]
+        parser.error(f"--preset {preset}: not known for {dataset}{near(preset, names)} (one of {', '.join(names)})")
     flags = cls(**made.pop(""), **{group: parts[group](**fields) for group, fields in made.items()})
     flags.source = {n: "flag" if n in given else f"preset {preset}" if n in chosen else "default" for n in table}
     return flags
@@ -195,7 +193,7 @@ def describe(flags) -> str:
     """Every flag with its value and source, for --dry-run."""
     rows = []
     for group in filter(dataclasses.is_dataclass, [*vars(flags).values(), flags]):
-        for f in filter(lambda f: f.metadata, dataclasses.fields(group)):
+        for f in _own(group):
             name, shown = typed(type(group), f), _shown(getattr(group, f.name))
             rows.append(f"  {option(name):<18} {shown:<12} {flags.source[name]:<17} {f.metadata['help']}")
     return "\n".join(rows)

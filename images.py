@@ -2,8 +2,8 @@
 
 Fashion-MNIST's IDX files; CIFAR-10's binary version and torchvision's folder; for any dataset EDM's zip with
 dataset.json, class folders, and ImageNet's official downsampled batches (npz) with map_clsloc.txt beside them. The last
-three are decoded once into a memory-mapped array in OUT/data: a damaged image is found before training begins, and a
-GPU is fed without workers. `read` takes what fid.py compares.
+three are decoded once, into OUT/data: a damaged image is found before training begins, and a GPU is fed without
+workers. `read` takes what fid.py compares.
 """
 import contextlib
 import gzip
@@ -41,7 +41,7 @@ def to_uint8(x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def reading(path):
-    """What fails inside is the file's fault, in one line: PIL, numpy, gzip, zipfile, torch raise dozens of types."""
+    """What fails inside is the file's fault: a UserError, as PIL, numpy, gzip, zipfile, torch raise dozens of types."""
     try:
         yield
     except (UserError, FileNotFoundError):
@@ -82,36 +82,8 @@ def _torchvision(folder: Path, split: str, name: str = "cifar10", download: bool
     return (x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2).contiguous()), torch.as_tensor(held.targets)
 
 
-def _decoded(folder: Path, split: str, known, cache: Path) -> Pair:
-    """Decoded into `cache`, unless that was done before."""
-    target = cache / f"{known.name}-{split}.npy"
-    notes = target.with_suffix(".json")
-    files = [p.stat() for p in (folder, *folder.rglob("*")) if p.is_file()]
-    about = {"path": str(folder.resolve()), "files": len(files), "bytes": sum(s.st_size for s in files),
-             "changed": sum(s.st_mtime_ns for s in files)}
-    held = run.load_json(notes, "label") if target.exists() and notes.exists() else {}
-
-    def write(temporary: Path) -> None:
-        def empty(shape) -> np.ndarray:
-            out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
-            with open(temporary, "r+b") as f:  # its room on the disk, before hours of decoding
-                os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
-            return out
-        try:
-            batches = any(folder.glob("*.npz"))
-            held["label"] = _batches(folder, split, empty) if batches else _labelled(folder, known.classes, empty)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    if held != {**held, **about}:
-        notes.unlink(missing_ok=True)  # no old labels beside new images
-        run.write_atomic(target, write)
-        run.save_json(notes, {**about, "label": held["label"]})
-    return torch.from_numpy(np.load(target, mmap_mode="r+")), torch.tensor(held["label"])
-
-
-def _batches(folder: Path, split: str, empty) -> list[int]:
-    """Data [N, 3 H W] into empty(shape); labels 1…1000 of lines such as "n02119789 1 kit_fox", by sorted WordNet id."""
+def _batches(folder: Path, split: str) -> Pair:
+    """Labels 1…1000 of lines such as "n02119789 1 kit_fox" become places of the sorted WordNet ids."""
     lines, x, label = (folder / "map_clsloc.txt").read_text().splitlines(), [], []
     ids = {int(number): wnid for wnid, number, *_ in map(str.split, lines)}
     place = {wnid: i for i, wnid in enumerate(sorted(ids.values()))}
@@ -121,12 +93,11 @@ def _batches(folder: Path, split: str, empty) -> list[int]:
                 side = round((part["data"].shape[1] / 3) ** 0.5)
                 x.append(part["data"].reshape(-1, 3, side, side))
                 label += [place[ids[int(i)]] for i in part["labels"]]
-    np.concatenate(x, out=empty((len(label), *x[0].shape[1:])))
-    return label
+    return torch.from_numpy(np.concatenate(x)), torch.tensor(label)
 
 
-def _labelled(path: Path, classes: int, empty) -> list[int]:
-    """Images into empty(shape); labels by dataset.json, or by the places of the sorted class folders."""
+def _labelled(path: Path, split: str, classes: int) -> Pair:
+    """Labels by dataset.json, or by the places of the sorted class folders."""
     pictures, read_file = _files(path)
     if path.is_dir() and not (path / "dataset.json").exists():
         pictures = [n for n in pictures if "/" in n]  # a picture beside the folders has no class
@@ -138,12 +109,11 @@ def _labelled(path: Path, classes: int, empty) -> list[int]:
         with reading(f"{path}: dataset.json"):  # {"labels": [["00000/img00000000.png", 0], …]}
             of = {name: int(c) for name, c in json.loads(read_file("dataset.json"))["labels"]}
             label = [of[n] for n in pictures]
-    _pixels(path, pictures, read_file, empty)
-    return label
+    return _pixels(path, pictures, read_file), torch.tensor(label)
 
 
 def _files(path: Path):
-    """Of a folder or zip: the images' names, read_file(name) -> bytes. UserError if there are none."""
+    """Of a folder or zip: the images' names, and read_file(name) -> bytes."""
     if path.is_dir():
         names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*"))
         read_file = lambda name: (path / name).read_bytes()
@@ -160,8 +130,8 @@ def _files(path: Path):
     return pictures, read_file
 
 
-def _pixels(path: Path, names: list[str], read_file, empty) -> np.ndarray:
-    """empty([N, C, H, W]), filled; C = 1 if the first, middle and last are grey, else grey ones become coloured."""
+def _pixels(path: Path, names: list[str], read_file) -> Tensor:
+    """uint8 [N, C, H, W]; C = 1 if the first, middle and last are grey."""
     def pixels(name: str, colour: bool = False) -> np.ndarray:
         with reading(f"{path}: {name}"), Image.open(io.BytesIO(read_file(name))) as image:
             mode = MODES[image.mode]
@@ -172,12 +142,12 @@ def _pixels(path: Path, names: list[str], read_file, empty) -> np.ndarray:
         with reading(f"{path}: {names[i]}"):  # such as of another size than the first
             out[i] = pixels(names[i], colour)
     colour = any(len(pixels(names[i])) == 3 for i in (0, len(names) // 2, -1))
-    out = empty((len(names), *pixels(names[0], colour).shape))
+    out = np.empty((len(names), *pixels(names[0], colour).shape), np.uint8)
     blocks = range(0, len(names), 4096)
     with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
         for begin in run.bar(blocks, f"decoding {path.name}", len(blocks)):
             list(pool.map(fill, range(begin, min(begin + 4096, len(names)))))
-    return out
+    return torch.from_numpy(out)
 
 
 # --------------------------------------------------------- what is read where
@@ -187,7 +157,7 @@ USUAL = {  # without --data; Debian: apt-get install dataset-fashion-mnist
     "cifar10": ("data", "data/cifar10", "~/data"),
     "imagenet64": ("data/imagenet64", "data/imagenet64.zip", "data/imagenet-64x64.zip"),
 }
-FORMS = [  # (dataset, a file that tells a form of its own, its reader); what has none is _decoded
+FORMS = [  # (dataset, a file that tells a form of its own, its reader); the rest is decoded
     ("fashion-mnist", "train-images-idx3-ubyte*", _idx_pair),
     ("fashion-mnist", "FashionMNIST/raw/train-images-idx3-ubyte*", _idx_pair),
     ("cifar10", "data_batch_1.bin", _cifar),
@@ -199,7 +169,7 @@ FORMS = [  # (dataset, a file that tells a form of its own, its reader); what ha
 def splits(known, given: str, cache: Path) -> dict[str, Pair]:
     """{"train": (x, label)}, often also "test", from the path `given` or, if it is "", the usual places.
 
-    known: data.Facts; cache: where decoded images go. UserError if there are none, or not what `known` says."""
+    known: data.Facts; cache: where decoded images go. UserError if there are none, or others than `known` says."""
     name, places = known.name, [Path(p).expanduser() for p in ([given] if given else USUAL[known.name])]
     decode = bool(given) or name == "imagenet64"  # elsewhere a folder such as data/ may hold anything
     for place in places:
@@ -207,8 +177,9 @@ def splits(known, given: str, cache: Path) -> dict[str, Pair]:
             for hit in place.glob(sign) if of == name else ():
                 return _fitted(known, hit.parent, reader)
         if decode and place.exists():
+            reader = _batches if any(place.glob("*.npz")) else partial(_labelled, classes=known.classes)
             parts = ("train", "test") if any(place.glob("val*.npz")) else ("train",)
-            return _fitted(known, place, partial(_decoded, known=known, cache=cache), parts)
+            return _fitted(known, place, partial(_cached, reader, cache / name), parts)
     nothing = f"{name}: nothing in {', '.join(map(str, places))} (docs/images.md)"
     if decode:
         raise UserError(nothing)
@@ -216,8 +187,20 @@ def splits(known, given: str, cache: Path) -> dict[str, Pair]:
     return _fitted(known, Path("data"), partial(_torchvision, name=name, download=True))
 
 
+def _cached(reader, cache: Path, place: Path, split: str) -> Pair:
+    """reader(place, split), from a memory-mapped file if that was done before."""
+    target = cache.with_name(f"{cache.name}-{split}.pt")
+    files = [p.stat() for p in (place, *place.rglob("*")) if p.is_file()]
+    about = [str(place.resolve()), len(files), sum(s.st_size for s in files), sum(s.st_mtime_ns for s in files)]
+    if not target.exists() or run.load_tensors(target, mmap=True)["about"] != about:
+        x, label = reader(place, split)
+        run.save_tensors(target, {"about": about, "x": x, "label": label})
+    held = run.load_tensors(target, mmap=True)
+    return held["x"], held["label"]
+
+
 def _fitted(known, place: Path, reader, parts=("train", "test")) -> dict[str, Pair]:
-    """{split: (x, label)}, padded to the dataset's own size, pooled to the wanted one."""
+    """Padded to the dataset's own size, pooled to the wanted one."""
     out = {}
     for split in parts:
         with reading(f"{known.name} in {place}"):

@@ -1,4 +1,4 @@
-"""One teacher, N small students, each at home in a range of noise levels: one-to-many knowledge distillation [O2MKD].
+"""One-to-many knowledge distillation: one teacher, N small students, each at home in a range of noise levels [O2MKD].
 
 [Ma and Zhang 2024, arXiv 2410.04191]; msd.py splits the classes instead. The sampler keeps its many steps and passes from
 student to student: an evaluation costs one student, however many there are.
@@ -6,17 +6,16 @@ student to student: an evaluation costs one student, however many there are.
   ranges of the noise levels, their owners   [O2MKD Sec. O2MKD]       ranges, Router, routed
   own range with probability p, else all     [O2MKD Eq. 4, Eq. 5]     draw_bins
   denoising loss + lambda KD                 [O2MKD Eq. 2, Eq. 3]     o2mkd_loss
-  KD by features of the bottleneck           [Zagoruyko 2017], [Tung and Mori 2019], [Tian 2020]    FEATURE_LOSSES
+  KD by features [Zagoruyko 2017], [Tung and Mori 2019], [Tian 2020]  FEATURE_LOSSES
   students merged into one                   [Ilharco 2023]           merge
   both ideas: blocks of classes x ranges     in neither paper         --ranges
 
 Departures from the paper, whose formulas and most numbers are not in its text
- 1. Timesteps are the bins of edm.sigma_bins, losses EDM's (of D, weighted by lambda(sigma)), networks class-conditional;
-    DDIM is the sampler of first order, Heun's the default.
- 2. p, lambda and N are ours, chosen on the toy's seed 0, one of the five reported.
- 3. Small students start from random weights, alike within a seed: which of the teacher's the paper keeps is not stated.
- 4. Contrastive KD: the batch for a memory bank. Attention transfer: the norm squared; ToyNet's units for positions.
- 5. Narrow U-Nets keep widths fit for group norms, and may lose attention.
+ 1. Timesteps are edm.sigma_bins, losses EDM's (of D, weighted by lambda(sigma)), samplers Heun's and its first order, DDIM;
+    networks know the class. p, lambda and N were chosen on the toy's seed 0, one of the five reported.
+ 2. Small students start from random weights, alike within a seed: which of the teacher's the paper keeps is not stated.
+ 3. Features are the bottleneck's. Contrastive KD: the batch for a memory bank. Attention: the norm squared; ToyNet's units
+    for positions. Narrow U-Nets keep widths fit for group norms, and may lose attention.
 
 Run      python o2mkd.py --dataset toy --students 1 4 --merge
 GPUs     torchrun --nproc-per-node 4 o2mkd.py --dataset imagenet64 --students 4
@@ -46,7 +45,6 @@ from flags import UserError, check, command, describe, flag, parse, values
 from images import to_uint8
 from plot import read_metrics
 from students import Start, distil, load_network, one_of, random_start, start_from, whole
-from tsm import tsm_loss
 
 NAME, BY = "o2mkd", ""  # no best checkpoint is chosen: the last average is kept
 USES = {name: name for name in ("p", "kd", "steps", "batch", "lr", "decay", "ema")}
@@ -63,14 +61,14 @@ class Flags:
     teacher: edm.Flags
     students: list[int] = flag([4], "number of students N; several are compared", low=1)
     ranges: int = flag(0, "noise ranges R, of each of N / R blocks of classes; 0 = N", low=0)
-    scheme: str = flag("uniform", "uniform; small, large: more students on small, large sigma; or bins 0-99,100-999")
-    p: float = flag(0.75, "chance that an update's sigma are of the own range, else of all", low=0, below=1 + 1e-9)
+    scheme: str = flag("uniform", "uniform; small or large: more students there; or bins: 0-99,100-999")
+    p: float = flag(0.75, "chance that an update's sigma are of the own range", low=0, below=1 + 1e-9)
     kd: str = flag("prediction", "what is distilled", choices=tuple(LAMBDA))
     kd_weight: float = flag(-1.0, "lambda, weight of KD; 0 = none; -1 = LAMBDA's", low=-1)
-    keep: float = flag(0.5, "share of the teacher's channels that students keep; 1 = its size", low=0)
+    keep: float = flag(0.5, "share of the teacher's channels that students keep", low=0)
     student_size: str = flag("", "their size by name, in the place of --keep", choices=("", "B", "S", "XS", "XXS"))
-    init: str = flag("", "start: o2mkd1 or o2mkd1-TAG, one student for all levels, trained before; none = the teacher's "
-                         "weights where they fit, else random", pattern=r"(o2mkd1(-[\w.-]+)?)?")
+    init: str = flag("", "start: o2mkd1 or o2mkd1-TAG, one student for all levels; none = the teacher if it fits, or "
+                         "random weights", pattern=r"(o2mkd1(-[\w.-]+)?)?")
     steps: int = flag(4000, "updates of every student", low=1)
     batch: int = flag(256, "batch per student", low=1)
     lr: float = flag(1e-2, "learning rate (AdamW)", low=0)
@@ -79,7 +77,7 @@ class Flags:
     sampler: str = flag("heun", "of teacher and students in the table", choices=tuple(edm.SAMPLERS))
     merge: bool = flag(False, "also merge the N students into one")
     inspect: int = flag(-1, "also this student alone, and with the teacher outside its range", low=-1)
-    curve: list[int] = flag([], "also compare at these numbers of steps, by both samplers", low=2)
+    curve: list[int] = flag([], "also sample in these numbers of steps, by both samplers", low=2)
 
     @property
     def weight(self) -> float:
@@ -95,7 +93,7 @@ class Flags:
         return ranges(self.ranges or N, self.scheme)
 
 
-# all ours: the paper's "default training configurations" are not printed; cifar10, imagenet64: never run
+# all ours: the paper prints none; cifar10, imagenet64: never run
 LONG = dict(steps=200_000, batch=512, decay="constant")
 PRESETS = {"run": run.PRESETS, "teacher": edm.PRESETS, "": {
     ("toy", "smoke"): dict(steps=12, batch=16),
@@ -104,10 +102,10 @@ PRESETS = {"run": run.PRESETS, "teacher": edm.PRESETS, "": {
     ("imagenet64", "default"): dict(LONG, lr=1e-4, ema=0.9999), ("imagenet64", "paper"): dict(LONG, lr=1e-4, ema=0.9999)}}
 CONFLICTS = [  # (is it so?, what to say)
     (lambda f: f.ranges and any(N % f.ranges for N in f.students),
-     "--ranges {f.ranges}: that many for each block of classes; --students must be multiples of it"),
+     "--ranges {f.ranges}: of each block of classes; --students must be multiples of it"),
     (lambda f: f.kd in FEATURE_LOSSES and (f.teacher.which == "exact" or f.teacher.cfg != 1),
-     "--kd {f.kd}: the closed form has no features, and --cfg guides predictions alone; take --kd prediction"),
-    (lambda f: f.inspect >= 0 and f.ranges, "--inspect: a student for all classes; leave --ranges out"),
+     "--kd {f.kd}: the closed form has no features, and --cfg guides predictions alone"),
+    (lambda f: f.inspect >= 0 and f.ranges, "--inspect: a student for all classes; no --ranges"),
     *teacher.CONFLICTS,
 ]
 
@@ -117,21 +115,22 @@ CONFLICTS = [  # (is it so?, what to say)
 def ranges(number: int, scheme: str = "uniform") -> list[int]:
     """Edges [number + 1]: student i owns the bins edges[i] … edges[i + 1] - 1 of edm.sigma_bins.
 
-    uniform: equally many each; small, large: edges at T (i/N)^2 and mirrored, so that more students share the small (large)
-    levels [O2MKD, Scheme-B, Scheme-A]; else bins such as 0-99,100-999. UserError if not every bin has one owner."""
+    small, large: edges at T (i/N)^2 and mirrored: more students there [O2MKD, Scheme-B, Scheme-A]; or bins such as
+    0-99,100-999. UserError if not every bin has one owner."""
     place = [i / number for i in range(number + 1)]
     power = {"uniform": place, "small": [u * u for u in place], "large": [1 - (1 - u) ** 2 for u in place]}
     edges = [round(BINS * u) for u in power.get(scheme, [0])] + [int(n) + 1 for n in re.findall(r"-(\d+)", scheme)]
     bins = ",".join(f"{a}-{b - 1}" for a, b in pairwise(edges))
     if scheme not in (*power, bins) or edges != sorted({*edges}) or (len(edges), edges[-1]) != (number + 1, BINS):
-        raise UserError(f"--scheme {scheme}: neither one of {', '.join(power)} nor {number} ranges that cover the bins 0 to "
-                        f"{BINS - 1} once, none empty, as 0-99,100-{BINS - 1} does")
+        raise UserError(f"--scheme {scheme}: give {', '.join(power)}, or {number} ranges that cover the bins 0 to {BINS - 1} once, "
+                        f"none empty: 0-99,100-{BINS - 1}")
     return edges
 
 
 class Router:
-    """Which student answers? The owner of the sigma that is passed to the network: a Heun step's two evaluations may go to
-    two students. The outer ranges are open. parts: blocks of classes; student block * R + range answers for its block."""
+    """Which student answers? The owner of the sigma that is passed to the network; the outer ranges are open.
+
+    parts: blocks of classes; student block * R + range answers for its block."""
 
     def __init__(self, edges: list[int], parts=()):
         self.edges = edges
@@ -145,26 +144,23 @@ class Router:
 
 
 def routed(denoisers: list, router: Router):
-    """The denoiser (x, sigma, label) -> D that asks each sample's own student: any sampler takes it.
-
-    denoisers: a callable per student; the teacher in the place of some makes the paper's hybrid (FID2)."""
-    def denoise(x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor:
+    """The denoiser (x, sigma, label) -> D that asks each sample's own student; the teacher in the place of some makes the
+    paper's hybrid (FID2)."""
+    def denoise(x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
         k = router(sigma, label)
         owners = k.unique().tolist()
         if len(owners) == 1:
             return denoisers[owners[0]](x, sigma, label)
         out = torch.empty_like(x)
         for i in owners:
-            mine = k == i
-            out[mine] = denoisers[i](x[mine][None], sigma[mine][None], None if label is None else label[mine][None])[0]
+            out[k == i] = denoisers[i](x[k == i][None], sigma[k == i][None], label[k == i][None])[0]
         return out
     return denoise
 
 
 def draw_bins(batch, low: Tensor, high: Tensor, p: float) -> Tensor:
-    """Noise bins [M, b]: with probability p, tossed per student and update, uniform on its own low … high - 1, else on all.
-
-    [O2MKD Eq. 4, Eq. 5]; low, high [M]. A range that holds the share m of the bins is drawn p + (1 - p) m of the time."""
+    """Noise bins [M, b]: with probability p, tossed per student and update, uniform on its own low … high - 1, else on all
+    [O2MKD Eq. 4, Eq. 5]: a range that holds the share m of the bins is drawn p + (1 - p) m of the time. low, high [M]."""
     own = batch.once("own")[:, None] < p  # [M, 1]
     low, high = torch.where(own, low[:, None], 0), torch.where(own, high[:, None], BINS)
     return torch.minimum((low + batch.uniform("sigma") * (high - low)).long(), high - 1)  # rounding up at the end
@@ -178,8 +174,8 @@ def pooled(h: Tensor) -> Tensor:
 
 
 def attention_loss(h: Tensor, h_teacher: Tensor) -> Tensor:
-    """||A(h) - A(h_teacher)||^2, mean over the batch [M] [Zagoruyko and Komodakis 2017, Eq. 2]; A: where h [M, b, C, H, W] is
-    active, mean squares over C, of norm 1. Of h [M, b, C] per unit."""
+    """||A(h) - A(h_teacher)||^2, batch mean [M]; A: mean squares of h [M, b, C, H, W] over C, of norm 1; of h [M, b, C]: per
+    unit [Zagoruyko and Komodakis 2017, Eq. 2]."""
     squares = [v.square().mean(-3).flatten(-2) if v.ndim > 3 else v.square() for v in (h, h_teacher)]
     a, b = (F.normalize(v, dim=-1) for v in squares)
     return (a - b).square().sum(-1).mean(-1)
@@ -192,8 +188,8 @@ def similarity_loss(h: Tensor, h_teacher: Tensor) -> Tensor:
 
 
 def contrastive_loss(h: Tensor, h_teacher: Tensor, temperature: float = 0.1) -> Tensor:
-    """Does a feature tell its own sample among the batch's of the teacher? Cross-entropy [M] over cosines, less that of the
-    teacher itself [Tian 2020]: equal features give 0; a student can be below."""
+    """Does a feature tell its own sample among the teacher's? Cross-entropy [M] over cosines, less the teacher's [Tian 2020]:
+    equal features give 0; a student can be below."""
     s, t = (F.normalize(pooled(v), dim=-1) for v in (h, h_teacher))
     gain = (s @ t.mT / temperature).log_softmax(-1) - (t @ t.mT / temperature).log_softmax(-1)
     return -gain.diagonal(dim1=-2, dim2=-1).mean(-1)
@@ -203,8 +199,8 @@ FEATURE_LOSSES = {"attention": attention_loss, "similarity": similarity_loss, "c
 
 
 class Projection(nn.Module):
-    """A linear layer per student, trained beside it, that takes its features to the teacher's width [Romero 2015]; nothing
-    where this KD takes any two widths, or they are equal. Students of a seed start alike."""
+    """A linear layer per student, trained beside it, from its features to the teacher's width [Romero 2015]; none where they
+    are equal, or this KD takes any two. Students of a seed start alike."""
 
     def __init__(self, kd: str, students: list[Student], inside: tuple, outside: tuple):
         super().__init__()
@@ -219,24 +215,22 @@ class Projection(nn.Module):
 
 def o2mkd_loss(student, teacher, x: Tensor, label: Tensor, sigma: Tensor, noise: Tensor, lam: float, kd: str = "prediction",
                project=nn.Identity()) -> tuple[Tensor, dict]:
-    """Denoising loss + lambda KD of data x [M, b, *shape], mean over the batch [M] [O2MKD Eq. 2, Eq. 3]; its parts, detached.
+    """Denoising loss + lambda KD of data x [M, b, *shape], batch mean [M] [O2MKD Eq. 2, Eq. 3]; and its parts, detached.
 
-    One pass through student and teacher. The teacher gets no gradient, and is not asked if lambda is 0; of features also
-    with features=True -> (D, h). Beside features, "prediction" is watched only."""
-    x_t, by_features = x + edm.like(sigma, x) * noise, kd in FEATURE_LOSSES
+    teacher: frozen, and not asked if lambda is 0. Beside features, "prediction" is watched only."""
+    x_t = x + edm.like(sigma, x) * noise
     D, h = student(x_t, sigma, label, features=True)
-    loss = edm.denoising_loss(lambda *_: D, x, label, sigma, noise).mean(-1)
-    parts = {"denoising": loss.detach()}
-    if lam > 0:
-        with torch.no_grad():
-            target = teacher(x_t, sigma, label, **{"features": True} if by_features else {})
-            target, h_teacher = target if by_features else (target, None)
-        distilled = prediction = tsm_loss(lambda *_: D, lambda *_: target, x, label, sigma, noise).mean(-1)
-        if by_features:
-            distilled = FEATURE_LOSSES[kd](project(h), h_teacher)
-        loss = loss + lam * distilled
-        parts |= {"prediction": prediction.detach(), kd: distilled.detach()}
-    return loss, parts
+
+    def away(target: Tensor) -> Tensor:  # EDM's loss, and TSM's: only the target differs
+        return (edm.loss_weight(sigma) * edm.per_sample((D - target) ** 2)).mean(-1)
+    parts = {"denoising": away(x)}
+    if lam > 0 and kd in FEATURE_LOSSES:
+        target, h_teacher = teacher(x_t, sigma, label, features=True)
+        parts |= {"prediction": away(target), kd: FEATURE_LOSSES[kd](project(h), h_teacher)}
+    elif lam > 0:
+        parts["prediction"] = away(teacher(x_t, sigma, label))
+    loss = parts["denoising"] + lam * parts[kd] if lam > 0 else parts["denoising"]
+    return loss, {name: v.detach() for name, v in parts.items()}
 
 
 # ------------------------------------------------------------ training
@@ -247,9 +241,7 @@ def length(flags) -> tuple[int, int]:
 
 
 def train(run, flags, task) -> dict:
-    """Train the stack task.G, each student at home in its range; returns {file: the weights to keep in it}.
-
-    task.teacher: mu_teacher, frozen (task.D: with features); task.real: data of each student's classes."""
+    """Train the stack task.G on task.real, each student at home in its range; {file: the weights to keep in it}."""
     G, kd, mu_teacher, project = task.G, flags.kd, task.teacher, nn.Identity()
     if kd in ("similarity", "contrastive") and (len(run.slices) > 1 or run.ranks.size > 1):
         raise UserError(f"--kd {kd} relates all samples of a batch: no --micro-batch, at most one rank per student")
@@ -257,22 +249,23 @@ def train(run, flags, task) -> dict:
         mu_teacher = task.D
         project = Projection(kd, run.students, G.net.bottleneck, mu_teacher.net.bottleneck).to(task.device)
     own = [flags.edges(s.K)[s.k % (flags.ranges or s.K):][:2] for s in run.students]
-    low, high = torch.tensor(own, device=task.device).T             # [M]
+    low, high = torch.tensor(own, device=task.device).T  # [M]
+    start = copy.deepcopy(G).requires_grad_(False)  # for merging
     average, opt = Average(G, flags.ema), AdamW(nn.ModuleList([G, project]), run)
     state = dict(student=G, project=project, **average.state(), optimizer=opt)
 
     for step in run.steps(state):
-        for batch in run.batches(step):                             # one, unless ranks or --micro-batch ask for more
-            x, label = task.real(batch)                             # [M, b, *shape]
-            sigma = level(draw_bins(batch, low, high, flags.p))     # [M, b]: at home, or anywhere
+        for batch in run.batches(step):  # one, unless ranks or --micro-batch ask for more
+            x, label = task.real(batch)  # [M, b, *shape]
+            sigma = level(draw_bins(batch, low, high, flags.p))  # [M, b]: at home, or anywhere
             loss, parts = o2mkd_loss(G, mu_teacher, x, label, sigma, batch.normal("noise"), flags.weight, kd, project)
-            opt.add(loss * (x.shape[1] / run.batch))                # [M]
+            opt.add(loss * (x.shape[1] / run.batch))  # [M]
         opt.step(step, learning_rate(flags.lr, step, flags.steps, edm.WARMUP, flags.decay))
         average.update(step)
         if (step + 1) % 20 == 0 or step == 0:
-            run.log(step + 1, **parts)                              # of this one batch: how steady is it?
+            run.log(step + 1, **parts)  # of this one batch: how steady is it?
         run.save(step + 1, state)
-    return {"ema.pt": average.now}
+    return {"start.pt": start, "ema.pt": average.now}
 
 
 # ------------------------------------------------------- who has what
@@ -283,13 +276,13 @@ def folder_of(flags, seed: int, N: int) -> Path:
 
 
 def size_of(flags, facts: data.Facts, teacher_size):
-    """The students' size: --student-size, or the teacher's with --keep of its channels."""
+    """The students': --student-size, or the teacher's with --keep of its channels."""
     return flags.student_size or (teacher_size if flags.keep == 1 else facts.narrowed(teacher_size, flags.keep))
 
 
 def start_of(flags, given) -> Start:
-    """theta_0, what all students of a seed start from. UserError if it is of another size."""
-    start, size = None, size_of(flags, given.facts, given.size)
+    """theta_0, of all students of a seed. UserError if it is of another size."""
+    size = size_of(flags, given.facts, given.size)
     if flags.init:
         start = start_from(folder_of(flags, given.seed, 1).with_name(flags.init), "ema.pt", 0)
     elif given.net and given.size == size:
@@ -303,7 +296,7 @@ def start_of(flags, given) -> Start:
 
 @dataclass
 class Students:
-    """The students of one folder: a denoiser each, who owns what, and the training's seconds, all together."""
+    """The students of one folder, a denoiser each; seconds: of training, all together."""
     facts: data.Facts
     start: edm.Precond  # theta_0
     denoisers: list[edm.Precond]
@@ -317,28 +310,27 @@ class Students:
 
 
 def load_students(folder) -> Students:
-    """Read a folder of trained students (runs/toy/seed0/o2mkd4). UserError if it holds none."""
+    """Read a folder of trained students (runs/toy/seed0/o2mkd4); OSError if it holds none."""
     folder = Path(folder)
-    if not (folder / "start.pt").exists():
-        raise UserError(f"{folder}: no students by noise level; give a folder such as runs/toy/seed0/o2mkd4")
-    about, start = run.load_json(next(folder.glob("**/config.json"))), load_network(folder / "start.pt")
+    first = folder if (folder / "ema.pt").exists() else folder / "student0"
+    start, about = load_network(first / "start.pt"), run.load_json(first / "config.json")
     facts, edges, N = start.facts, about["edges"], about["students"]
-    places = [folder] if facts.stacked else [folder / f"student{k}" for k in range(N)]
+    places = [folder] if first == folder else [folder / f"student{k}" for k in range(N)]
     found = [load_network(place / "ema.pt") for place in places]
     denoisers = [one_of(network, k) for network in found for k in range(len(network.parts))]
     router = Router(edges, msd.partition(facts.classes, N // (len(edges) - 1)))
-    return Students(facts, start.D, denoisers, router, sum(network.seconds for network in found))
+    return Students(facts, one_of(start, 0), denoisers, router, sum(network.seconds for network in found))
 
 
 def merge(start: edm.Precond, students: list[edm.Precond], c: float | None = None) -> edm.Precond:
-    """theta_0 + c sum_i (theta_i - theta_0) [Ilharco 2023, task arithmetic]; c = None: 1/N, the students' mean."""
+    """theta_0 + c sum_i (theta_i - theta_0) [Ilharco 2023]; c = None: 1/N, the students' mean."""
     c, states, merged = 1 / len(students) if c is None else c, [D.state_dict() for D in students], copy.deepcopy(start)
     merged.load_state_dict({k: v + c * sum(s[k] - v for s in states) for k, v in start.state_dict().items()})
     return merged
 
 
 def merge_folders(folders: list, c: float | None = None) -> edm.Precond:
-    """All students of these folders (seed0/o2mkd4 …) merged into one. UserError if their starts differ."""
+    """All students of these folders as one. UserError if their starts differ."""
     found = [load_students(folder) for folder in folders]
     if len({fingerprint(f.start) for f in found}) != 1:
         raise UserError("merge: students that started from other weights")
@@ -350,8 +342,8 @@ def merge_folders(folders: list, c: float | None = None) -> edm.Precond:
 def steadiness(folder: Path) -> dict:
     """{loss: {"fall", "variation"}} of a folder's training curves [O2MKD Fig. 9], means over students.
 
-    fall: of the mean from the first twentieth to the last, relative; variation: standard deviation over mean within each
-    tenth of the curve, so that a fall does not count, mean of the last five."""
+    fall: from the first to the last twentieth, relative; variation: standard deviation over mean within each of the last
+    five tenths, where a fall does not count."""
     out = {}
     for name, curves in read_metrics(folder).items():
         found = []
@@ -365,7 +357,7 @@ def steadiness(folder: Path) -> dict:
 
 @torch.no_grad()
 def inside_outside(D, teacher, own: list[int], x: Tensor, label: Tensor, seed: int) -> dict:
-    """Losses of a student on data x [1, n, *shape], at levels of its own bins [low, high) and at others [O2MKD Table 7]."""
+    """Losses of a student on data x [1, n, *shape], at its own bins [low, high) and at the others [O2MKD Table 7]."""
     g, bins, out = generator(seed, "inside"), torch.arange(BINS), {}
     inside = (bins >= own[0]) & (bins < own[1])
     for where, there in (("in", bins[inside]), ("out", bins[~inside])):
@@ -376,17 +368,17 @@ def inside_outside(D, teacher, own: list[int], x: Tensor, label: Tensor, seed: i
 
 
 @torch.no_grad()
-def drift(D: edm.Precond, x: Tensor, label: Tensor, seed: int, levels: int = 21) -> dict:
-    """How the teacher's bottleneck moves with sigma [O2MKD Fig. 1], on data x [1, n, *shape]: quantiles of its activations,
-    and the Frechet distance of every two levels."""
-    g, sigmas = generator(seed, "drift"), level(torch.linspace(0, BINS - 1, levels).long()).tolist()
-    features, quantiles, distance = [], [], torch.zeros(levels, levels)
+def drift(D: edm.Precond, x: Tensor, label: Tensor, seed: int) -> dict:
+    """The teacher's bottleneck by sigma, on data x [1, n, *shape]: quantiles, and Frechet distances of every two levels
+    [O2MKD Fig. 1]."""
+    g, sigmas = generator(seed, "drift"), level(torch.linspace(0, BINS - 1, 21).long()).tolist()
+    features, quantiles, distance = [], [], torch.zeros(21, 21)
     for sigma in sigmas:
         noise = torch.randn(x.shape, generator=g).to(x)
         h = D.bottleneck(x + sigma * noise, torch.full(label.shape, sigma).to(x), label)
         quantiles.append(h.flatten()[:1_000_000].quantile(torch.tensor([0.01, 0.25, 0.5, 0.75, 0.99]).to(h)).tolist())
         features.append(fid.statistics(pooled(h)[0].cpu()))
-    for i, j in torch.combinations(torch.arange(levels)).tolist():
+    for i, j in torch.combinations(torch.arange(21)).tolist():
         distance[i, j] = distance[j, i] = fid.frechet_distance(*features[i], *features[j])
     return {"sigma": sigmas, "quantiles": quantiles, "distance": distance.tolist()}
 
@@ -403,7 +395,7 @@ MERGES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)  # c, in units of 1/N
 
 
 def measured(flags: Flags, given, N: int, device):
-    """(name, Row) of the N students of a seed in turn, and of what else was asked for; N = 0: the teacher."""
+    """(name, Row) of the N students of a seed in turn, and what else was asked for; N = 0: the teacher."""
     facts, judge, mu, seed, number = given.facts, given.judge, given.mu_teacher, given.seed, flags.run.eval_samples
     folder, n_steps = folder_of(flags, seed, N), flags.teacher.sampler_steps
 
@@ -414,15 +406,14 @@ def measured(flags: Flags, given, N: int, device):
             return x if facts.stacked else to_uint8(x)
         return sample
 
-    def latents(purpose: str, n: int = number) -> tuple[Tensor, Tensor]:
+    def latents(purpose: str, n: int = number):
         return torch.randn(n, *facts.shape, generator=generator(seed, purpose)), data.stratified(n, facts.classes)
 
-    def some_data(purpose: str, toy: int) -> tuple[Tensor, Tensor]:
+    def some_data(purpose: str, toy: int):
         everyone = Draws(purpose, [Student(seed, 1, 0, tuple(range(facts.classes)))])
-        x, label = given.source().batch(everyone, 0, toy if facts.stacked else 500)
-        return x.to(device), label.to(device)
+        return [v.to(device) for v in given.source().batch(everyone, 0, toy if facts.stacked else 500)]
 
-    def row(name: str, sample, **more) -> tuple[str, Row]:
+    def row(name: str, sample, **more):
         return name, evaluate.measure(evaluate.Sampler(name, N, seed, sample, **more), given, number)
 
     if N:
@@ -439,18 +430,17 @@ def measured(flags: Flags, given, N: int, device):
             yield f"drift-{name}", Row(more={"distance": value})
         if flags.sampler != "heun":  # the kept samples are Heun's
             yield "teacher", evaluate.teacher_row(given, by(mu)(*latents("teacher z")))
-    if D and seed == flags.run.seed:
-        many = min(number, 2 * facts.chunk if facts.stacked else 100)
-        z, label = latents("timing", many)
-        yield "cost", Row(more={  # of a sample: all its evaluations
+    if D and seed == flags.run.seed:  # a sample's cost is that of all its evaluations
+        many = latents("timing", min(number, 2 * facts.chunk if facts.stacked else 100))
+        yield "cost", Row(more={
             "parameters": max(N, 1) * sum(p.numel() for p in D.parameters()),
             "multiply_adds": evaluate.multiply_adds(denoise, facts, device) * edm.evaluations(n_steps, flags.sampler),
-            "per_second": evaluate.throughput(lambda: by(denoise)(z, label), many)})
+            "per_second": evaluate.throughput(lambda: by(denoise)(*many), len(many[0]))})
     if flags.merge and N > 1:  # c is chosen on other latents, and another draw of the data
         (z, label), scan = latents("merge z", number // 5), []
         for c in MERGES:
-            mine = judge.statistics(by(merge(found.start, found.denoisers, c / N))(z, label), label)
-            scan.append(judge.distance(mine, given.references["real_select"]))
+            x = by(merge(found.start, found.denoisers, c / N))(z, label)
+            scan.append(judge.distance(judge.statistics(x, label), given.references["real_select"]))
         c = MERGES[scan.index(min(scan))] / N
         yield row("merged-mean", by(merge(found.start, found.denoisers)))
         yield row("merged", by(merge(found.start, found.denoisers, c)), more={"c": c, "scan": scan})
@@ -486,9 +476,9 @@ def main(argv=None) -> int:
     """One teacher, N students, each at home in its range of the noise levels; then what they are worth, in turn."""
     flags = parse(Flags, PRESETS, argv, __doc__)
     check(flags, CONFLICTS)
-    facts, grid = data.facts(flags.run.dataset, flags.run.resolution), edm.sigma_bins(BINS).tolist()
+    facts = data.facts(flags.run.dataset, flags.run.resolution)
     for N in flags.students:
-        print(f"o2mkd, N = {N}: ranges meet at sigma", *(f"{grid[b]:.2g}" for b in flags.edges(N)[1:-1]))
+        print(f"o2mkd, N = {N}: ranges meet at sigma", *(f"{s:.2g}" for s in Router(flags.edges(N)).bounds))
     if flags.run.dry_run:
         print(describe(flags))
         return 0
@@ -500,7 +490,7 @@ def main(argv=None) -> int:
         theta_0 = start_of(flags, given)
         for N in flags.students:
             R = flags.ranges or N
-            Y = msd.partition(facts.classes, N // R)                # student block * R + range has its block's classes
+            Y = msd.partition(facts.classes, N // R)  # student block * R + range has its block's classes
             students += [Student(seed, N, k, tuple(Y[k // R].tolist()), theta_0) for k in range(N)]
 
     shares = [msd.filter_adm(whole(facts), torch.tensor(s.classes)) for s in students]
@@ -508,11 +498,6 @@ def main(argv=None) -> int:
            home=lambda stage, flags, s: folder_of(flags, s.seed, s.K),
            more=lambda s: {"edges": flags.edges(s.K), "size": s.start.size, "kd_weight": flags.weight})
 
-    for s in students if ranks.rank == 0 else ():
-        path = folder_of(flags, s.seed, s.K) / "start.pt"           # theta_0, for merging
-        if not path.exists():
-            run.save_tensors(path, {"dataset": facts.name, "resolution": facts.resolution, "size": s.start.size,
-                                    "net": s.start.load().state_dict()})
     if ranks.rank == 0:
         report(flags, inputs, ranks.device)
     leave(ranks)

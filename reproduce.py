@@ -1,4 +1,4 @@
-"""Every claim of the papers as a command: train what it needs, compare, judge, draw. The claims: claims.py.
+"""Every claim of the papers as a command: train what it needs, compare, judge, draw. The claims: docs/claims.txt.
 
 A verdict is computed, never typed: paired by seed, a is below b if the mean difference exceeds t(0.95, n - 1) standard
 errors; if b is below a by as much, the reverse holds; else the two are not told apart. One seed is only "measured".
@@ -10,6 +10,7 @@ errors; if b is below a by as much, the reverse holds; else the two are not told
   python reproduce.py                     train nothing: RESULTS.md, docs/claims, docs/data of what is there
 """
 import dataclasses
+import re
 import shlex
 import shutil
 import statistics
@@ -22,16 +23,77 @@ import flags
 import msd
 import o2mkd
 import plot
-from claims import AFTER, CLAIMS, RUNS, UNTAGGED, Claim, Entry
 from flags import flag
 from run import load_json, save_json, suffix, write_atomic
+
+CLAIMS_FILE = Path(__file__).parent / "docs/claims.txt"
+
+
+# ----------------------------------------------------------------- the claims, docs/claims.txt
+
+class Entry(NamedTuple):
+    """One row: of run `run`, after `stage`, with K students."""
+    name: str
+    run: str
+    stage: str
+    K: int
+
+
+class Claim(NamedTuple):
+    """One claim: its entries' `metric`, compared."""
+    entries: list[Entry]
+    comparisons: dict[str, tuple[str, str]]
+    id: str
+    metric: str
+    text: str
+    paper: str
+    picture: str = ""
+
+
+def entries(text: str) -> list[Entry]:
+    """Of NAME: RUN K …"""
+    name, rows = text.rsplit(": ", 1)
+    place, *numbers = rows.split()
+    run, _, stage = place.partition("/")
+    words = ["--stages", "o2mkd"] if run.startswith("o2") else [*RUNS[run].split(), "--stages", "dm"]
+    stage = stage or words[words.index("--stages") + 1].split(",")[-1]
+    return [Entry(name.replace("#", K), run, stage, int(K)) for K in numbers]
+
+
+def comparisons(text: str) -> dict[str, tuple[str, str]]:
+    """{comparison: (what is to be lower, what higher)} of A & B below C, or above."""
+    left, word, right = re.split(" (below|above) ", text)
+    pairs = [(a, b) for b in right.split(" & ") for a in left.split(" & ")]
+    return {f"{a} {word} {b}": (a, b) if word == "below" else (b, a) for a, b in pairs}
+
+
+def claim(text: str) -> Claim:
+    """Of a paragraph of the table."""
+    head, *lines = text.splitlines()
+    rows, compared = [], {}
+    for part in "; ".join(lines).split("; "):
+        if " below " in part or " above " in part:
+            compared |= comparisons(part)
+        else:
+            rows += entries(part)
+    return Claim(rows, compared, *head.split(" | "))
+
+
+BLOCKS = [block for block in CLAIMS_FILE.read_text().strip().split("\n\n") if not block.startswith("//")]
+RUNS = dict(line.split(": ") for line in BLOCKS[0].splitlines())
+CLAIMS = {c.id: c for c in map(claim, BLOCKS[1:])}
+UNTAGGED = ("dm", "adm", "fashion", "o2", "o2+", "o2-fashion")
+AFTER = {  # whose students a run starts from, or adds to
+    "adm": "dm", "continued": "dm", "XS-post": "adm", "o2+": "o2", "o2-fork": "o2", "o2-fork50": "o2",
+    "o2-fashion-fork": "o2-fashion",
+}
 
 
 @dataclasses.dataclass
 class Flags:
     """Of the reproduction"""
     prefix = ""
-    claim: tuple[str, ...] = flag((), "which claims, such as split,reg", choices=tuple(CLAIMS))
+    claim: tuple[str, ...] = flag((), "such as split,reg", choices=tuple(CLAIMS))
     all: bool = flag(False, "all claims of the toy; name those on Fashion-MNIST")
     list: bool = flag(False, "print the claims")
     quick: bool = flag(False, "one seed, a fifth of all lengths, in OUT/quick")
@@ -127,7 +189,7 @@ def values(side: str, numbers: dict[str, list[float]]) -> list[float]:
 
 
 def judge(comparisons: dict, numbers: dict[str, list[float]]) -> tuple[str, dict[str, dict]]:
-    """(verdict of all, {comparison: evaluate.verdict of it}) of {comparison: (lower, higher)}, {entry: [one per seed]}."""
+    """(verdict of all, {comparison: evaluate.verdict}) of {comparison: (lower, higher)}, {entry: [one per seed]}."""
     found = {}
     for comparison, sides in comparisons.items():
         low, high = (values(side, numbers) for side in sides)
@@ -152,6 +214,7 @@ def judge(comparisons: dict, numbers: dict[str, list[float]]) -> tuple[str, dict
 
 # ----------------------------------------------------------- the report
 
+HIDDEN = ("per_class", "per_class_mean", "seconds", "floor", "scan")  # what is measured, but is no column
 HEAD = """
 The toy, unless it says otherwise: l1 to the teacher's samples, l1_data to the data (0 = equal, 1 = disjoint), mean ±
 standard deviation. A verdict is a one-sided t test at 5 %, paired by seed, at equal updates of each student, or as the
@@ -169,7 +232,7 @@ def mean_sd(v: list[float]) -> str:
 
 
 def draw(claim: Claim, numbers: dict[str, list[float]], first: Job, figures: Path) -> list[str]:
-    """The claim's figure, and the one of its first entry's run that belongs to it; returns their names."""
+    """Draw the claim's figure, copy the run's own that belongs to it; returns their names."""
     level = first.results["teacher"].get("floor" if claim.metric == "l1" else claim.metric)
     lines = {} if level is None else {"the teacher": level}
     names = [f"claim-{claim.id}-{claim.picture.split('-')[0]}", f"claim-{claim.id}"]
@@ -183,10 +246,10 @@ def draw(claim: Claim, numbers: dict[str, list[float]], first: Job, figures: Pat
 
 def section(claim: Claim, jobs: dict[str, Job], figures: Path) -> tuple[str, list[str]]:
     """A claim's line of the table, and its section."""
-    there = [e for e in claim.entries if per_seed(e, jobs)]
-    missing = dict.fromkeys(f"`{jobs[e.run]}`" for e in claim.entries if e not in there)
+    missing = dict.fromkeys(f"`{jobs[e.run]}`" for e in claim.entries if not per_seed(e, jobs))
     note = ["Not measured: " + ", ".join(missing)] if missing else []
-    rows = {e.name: per_seed(e, jobs) for e in there}
+    claim = claim._replace(entries=[e for e in claim.entries if per_seed(e, jobs)])
+    rows = {e.name: per_seed(e, jobs) for e in claim.entries}
     numbers = {name: [row[claim.metric] for row in rows[name]] for name in rows}
     compared = {c: ab for c, ab in claim.comparisons.items() if all(values(side, numbers) for side in ab)}
     line, text = f"| {claim.id} | {claim.text} | {claim.paper} | ", ["", f"## {claim.id}: {claim.text}", ""]
@@ -199,9 +262,9 @@ def section(claim: Claim, jobs: dict[str, Job], figures: Path) -> tuple[str, lis
     line += "; ".join(f"{name}: {mean_sd(numbers[name])}" for name in shown) + " …" * (len(shown) < len(numbers))
     line += f" | {min(map(len, numbers.values()))} | {verdict} |"
 
-    columns = {}  # all numbers that one of the rows has
+    columns = {}
     for of_seed in rows.values():
-        columns |= {m: v for m, v in of_seed[0].items() if isinstance(v, (int, float))}
+        columns |= {m: v for m, v in of_seed[0].items() if m not in HIDDEN and not m.endswith("_last")}
     text += [f"The paper: {claim.paper}. Ours, {claim.metric}: **{verdict}**.", "",
              f"| | {' | '.join(columns)} | seeds |", "|---" * (len(columns) + 2) + "|"]
     for name, of_seed in rows.items():
@@ -211,7 +274,7 @@ def section(claim: Claim, jobs: dict[str, Job], figures: Path) -> tuple[str, lis
     for comparison, v in found.items():
         error = "" if v["error"] is None else f" ± {v['error']:.4f}"
         text.append(f"| {comparison} | {v['mean']:.4f}{error} | {v['n']} | {v['verdict']} |")
-    pictures = draw(claim, numbers, jobs[there[0].run], figures)
+    pictures = draw(claim, numbers, jobs[claim.entries[0].run], figures)
     text += ["", *note, *(f"\n![{name}](docs/claims/{name}.png)" for name in pictures)]
     return line, [*text, "", "Runs: " + "; ".join(f"`{jobs[name]}`" for name in needed([claim]))]
 
@@ -220,7 +283,7 @@ def write(jobs: dict[str, Job], f: Flags) -> None:
     """RESULTS.md, docs/claims (figures) and docs/data/RESULTS.json (every seed), of all that is there."""
     home = folder(f)
     lines, bodies = zip(*(section(c, jobs, home / "docs/claims") for c in CLAIMS.values()))
-    kind = " with `--quick`: one seed, a fifth of all lengths; no verdict on the paper" * f.quick
+    kind = " with `--quick`: one seed, a fifth of all lengths" * f.quick
     lines = [f"# Results\n\nWritten by `python reproduce.py`{kind}.{HEAD}", *lines]
     text = "\n".join(sum(bodies, lines)) + "\n"
     write_atomic(home / "RESULTS.md", lambda t: t.write_text(text))

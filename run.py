@@ -1,7 +1,7 @@
 """Run folders: flags of every run, atomic files, config.json, checkpoints, and the steps of a training between them.
 
-A stage's folder holds config.json, metrics.csv, state.pt, state.prev.pt, and at the end ema.pt, best.pt, done.json; it belongs
-to the flags that made it. Not here: what is trained (the stages), who is trained together (students.py).
+A stage's folder holds config.json, metrics.csv, state.pt, state.prev.pt, and at the end ema.pt, best.pt, done.json.
+Not here: what is trained (the stages), who is trained together (students.py).
 """
 import contextlib
 import csv
@@ -11,7 +11,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,7 @@ class Flags:
     resolution: int = flag(0, "pixels of the images, pooled from the dataset's own; 0 = its default", low=0)
     data: str = flag("", "file or folder of the images, see docs/images.md; none = the usual places")
     features: str = flag("", "of the Frechet distance: NVIDIA's TorchScript Inception; none = our own classifier")
-    out: str = flag("runs/toy", "the run folder")
+    out: str = flag("", "the run folder; none = runs/DATASET")
     tag: str = flag("", "suffix of the students' folders: variants of one teacher side by side",
                     pattern=r"(?!o2mkd|.*\.\.)[\w.-]{0,80}")
     seed: int = flag(0, "first seed; seed S lives in OUT/seedS", low=0)
@@ -49,22 +48,23 @@ class Flags:
     eval_samples: int = flag(100_000, "samples of every reported distance", low=8)
     dry_run: bool = flag(False, "print every value and its source, and stop")
 
+    def __post_init__(self):
+        self.out = self.out or f"runs/{self.dataset}"
+
     def all_seeds(self) -> list[int]:
         return list(range(self.seed, self.seed + self.seeds))
 
 
 SMOKE = dict(eval_samples=800, save_every=20)
-PROMPTS = dict(like="toy", out="runs/toy-prompts")
+LARGE = dict(eval_samples=50_000, save_every=1000)
 PRESETS = {
     ("toy", "default"): {}, ("toy", "few-pairs"): {}, ("toy", "paper"): {}, ("toy", "smoke"): SMOKE,
-    **{("toy-prompts", name): PROMPTS for name in ("default", "few-pairs", "paper", "smoke")},
-    ("fashion-mnist", "default"): dict(out="runs/fashion-mnist", eval_samples=10_000, save_every=250),
-    ("fashion-mnist", "smoke"): dict(out="runs/fashion-mnist", eval_samples=40, save_every=3),
-    ("cifar10", "default"): dict(out="runs/cifar10", eval_samples=50_000, save_every=1000),
-    ("cifar10", "smoke"): dict(out="runs/cifar10", eval_samples=20, save_every=2),
-    ("imagenet64", "default"): dict(out="runs/imagenet64", eval_samples=50_000, save_every=1000),  # [MSD App. E]
+    **{("toy-prompts", name): dict(like="toy") for name in ("default", "few-pairs", "paper", "smoke")},
+    ("fashion-mnist", "default"): dict(eval_samples=10_000, save_every=250),
+    ("fashion-mnist", "smoke"): dict(eval_samples=40, save_every=3),
+    ("cifar10", "default"): LARGE, ("cifar10", "smoke"): dict(eval_samples=20, save_every=2),
+    ("imagenet64", "default"): LARGE, ("imagenet64", "paper"): LARGE,  # [MSD App. E]
 }
-PRESETS["imagenet64", "paper"] = PRESETS["imagenet64", "default"]
 
 
 def suffix(tag: str) -> str:
@@ -72,29 +72,25 @@ def suffix(tag: str) -> str:
     return f"-{tag}" if tag else ""
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
-
-
 def device(name: str) -> torch.device:
     """--device, tried. Also at most 8 CPU threads (fewer: OMP_NUM_THREADS), and no TF32."""
-    torch.set_num_threads(max(1, min(8, torch.get_num_threads())))
+    torch.set_num_threads(min(8, torch.get_num_threads()))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":  # torchrun: a GPU per rank
+    if name == "cuda":  # a GPU per rank
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         torch.zeros(1, device=name)
         if name.startswith("cuda"):
             torch.cuda.set_device(name)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {_first_line(error)}") from None
+        raise UserError(f"--device {name}: {error}") from None
     return torch.device(name)
 
 
 def start(flags: Flags) -> Ranks:
-    """The ranks of this command, which know their device: torchrun's, or this process alone."""
+    """The ranks of this command, which know their device."""
     return world(device(flags.device))
 
 
@@ -110,7 +106,7 @@ def write_atomic(path: Path, write) -> None:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # a full disk: an OSError without a name, or torch.save's RuntimeError
-        raise UserError(f"cannot write {path}: {_first_line(error)}; what was saved before is intact") from None
+        raise UserError(f"cannot write {path}; what was saved before is intact: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -146,14 +142,14 @@ def load_tensors(path: Path, mmap: bool = False):
 
 
 def shard(folder: Path, name: str, i: int) -> Path:
-    """Where the i-th file of a long list of samples lies."""
+    """The i-th file of a long list of samples."""
     return folder / f"{name}-{i:04d}.pt"
 
 
 def load_shards(folder: Path, name: str, number: int = 0) -> Tensor:
     """y [N, *shape] of the files name-0000.pt, name-0001.pt, … (all, or the first `number`)."""
     paths = [shard(folder, name, i) for i in range(number)] or sorted(folder.glob(f"{name}-*.pt"))
-    return torch.cat([load_tensors(p)["y"] for p in paths or [shard(folder, name, 0)]])  # none there: the first is missing
+    return torch.cat([load_tensors(p)["y"] for p in paths or [shard(folder, name, 0)]])  # no file: says which
 
 
 def bar(iterable, name: str, total: int | None, quiet: bool = False, **more):
@@ -169,29 +165,26 @@ HELD: set[str] = set()  # folders that this process holds
 
 @contextlib.contextmanager
 def alone(folder: str, ranks: Ranks):
-    """One job at a time makes what all jobs of a run folder share; a job that ends frees the lock."""
+    """One job at a time makes what all jobs of a run folder share."""
     if folder in HELD:
         yield
         return
-    HELD.add(folder)
-    lock = None
-    if ranks.rank == 0:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        lock = open(Path(folder) / ".lock", "w")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder) / ".lock", "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if ranks.rank == 0:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"{folder}: waiting for another job, which makes what both need", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:  # a file system without locks: start jobs in turn
             pass
-    ranks.wait()
-    try:
-        yield
-    finally:
-        HELD.discard(folder)
-        if lock:
-            lock.close()
+        ranks.wait()
+        HELD.add(folder)
+        try:
+            yield
+        finally:
+            HELD.discard(folder)
 
 
 def check_config(folder: Path, config: dict) -> None:
@@ -210,11 +203,9 @@ def check_config(folder: Path, config: dict) -> None:
 def saved_steps(folder: Path) -> dict[int, Path]:
     """{step: checkpoint}; a damaged one is renamed, and said so."""
     steps = {}
-    for path in (folder / "state.prev.pt", folder / "state.pt"):
+    for path in filter(Path.exists, (folder / "state.prev.pt", folder / "state.pt")):
         try:
             steps[load_tensors(path, mmap=True)["step"]] = path  # mapped: not read whole
-        except FileNotFoundError:
-            pass
         except (UserError, KeyError, TypeError):
             print(f"{path} is damaged: set aside, going on from the checkpoint before it", file=sys.stderr)
             os.replace(path, f"{path}.damaged")
@@ -240,15 +231,16 @@ def unfinished(folders: list[Path], results: tuple[str, ...], stacked: bool = Tr
 
 # -------------------------------------------------- a stage's training
 
-def _is_stack(leaf) -> bool:
-    return isinstance(leaf, Tensor) and leaf.ndim > 0
+def _stacks(function, *trees):
+    """function of the trees' tensors; scalars and what is no tensor as in the first."""
+    return tree_map(lambda *t: function(*t) if isinstance(t[0], Tensor) and t[0].ndim else t[0], *trees)
 
 
 class Run:
     """One stage of one stack of students. A checkpoint of step n holds the state after n updates.
 
-    folders: {folder: slice of the stack's students}, whose rows of every tensor it holds; one folder alone holds all whole.
-    batch: of all ranks; shape: a sample's. ranks: all read, the first one writes."""
+    folders: {folder: slice of the stack's students}, whose rows of every tensor it holds; one alone holds the tensors
+    whole. batch: of all ranks; shape: a sample's. ranks: all read, the first one writes."""
 
     def __init__(self, name: str, students: list, folders: dict[Path, slice], steps: int, batch: int, shape: tuple,
                  save_every: int = 500, micro_batch: int = 0, ranks: Ranks | None = None, title: str = ""):
@@ -262,26 +254,25 @@ class Run:
         self.last, self.began, self.stop = 0, 0.0, False
 
     def batches(self, step: int, of: str = "{}") -> list[Batch]:
-        """The micro-batches of an update: one, unless ranks or --micro-batch split it. of: see Batch."""
+        """The micro-batches of an update. of: see Batch."""
         return [Batch(self.draws, step, self.batch, self.shape, part, of) for part in self.slices]
 
     def steps(self, state: dict):
-        """The steps that remain, after loading the newest checkpoint into the modules, optimizers and dicts of `state`.
+        """The steps that remain after the newest checkpoint, which is loaded into the parts of `state`.
 
         Ctrl-C and SIGTERM wait until the step is whole and saved; a second one does not."""
         def hold(number, frame):
             self.stop = True
             signal.signal(number, signal.default_int_handler)
             os.write(2, f"\n{self.title}: stopping after this step\n".encode())  # print is not safe here
-        begin, old = self._resume(state), {}
-        if threading.current_thread() is threading.main_thread():
-            old = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
+        begin = self._resume(state)
+        before = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
         self.bar = bar(range(begin, self.length), self.title, self.length, not self.main, initial=begin, unit="step")
         try:
             yield from self.bar
         finally:
             self.bar.close()
-            for number, handler in old.items():
+            for number, handler in before.items():
                 signal.signal(number, handler)
 
     def _resume(self, state: dict) -> int:
@@ -291,9 +282,8 @@ class Run:
         if begin:
             found = [load_tensors(s[begin]) for s in saved]
             self.began -= found[0]["seconds"]
-            parts = found[0]["parts"]
-            if len(found) > 1:
-                parts = tree_map(lambda *t: torch.cat(t) if _is_stack(t[0]) else t[0], *[s["parts"] for s in found])
+            parts, *more = [s["parts"] for s in found]
+            parts = _stacks(lambda *t: torch.cat(t), parts, *more) if more else parts
             for key, part in state.items():
                 load = part.update if isinstance(part, dict) else part.load_state_dict
                 load(parts[key])
@@ -312,7 +302,7 @@ class Run:
         return time.perf_counter() - self.began
 
     def log(self, step: int, **values) -> None:
-        """Numbers of the state after `step` updates, a student's [M] or a sample's [M, b], for metrics.csv and the bar."""
+        """Numbers after `step` updates, a student's [M] or a sample's [M, b], for metrics.csv and the bar."""
         shown = {}
         for name, value in values.items():
             if value is not None:
@@ -328,11 +318,11 @@ class Run:
         if not finite.all():
             bad = ", ".join(str(s) for s, ok in zip(self.students, finite.tolist()) if not ok)
             raise UserError(f"{self.title}: the loss is not finite at step {step} ({bad[:80]}); last checkpoint: step "
-                            f"{self.last} in {next(iter(self.folders))}; try a lower learning rate and another --tag")
+                            f"{self.last} in {next(iter(self.folders))}; try a lower learning rate")
         return loss
 
     def save(self, step: int, state: dict) -> None:
-        """Checkpoint every save_every steps, at the end, and when a stop was asked for, which then ends the run."""
+        """Checkpoint every save_every steps, at the end, and before a stop."""
         self.stop = self.ranks.any(self.stop)
         if not (step % self.save_every == 0 or step == self.length or self.stop):
             return
@@ -340,9 +330,7 @@ class Run:
             trees = {k: p if isinstance(p, dict) else p.state_dict() for k, p in state.items()}
             for folder, rows in self.folders.items():
                 self._write_rows(folder / "metrics.csv", rows)  # first: those past a resumed step are dropped
-                own = trees
-                if len(self.folders) > 1:
-                    own = tree_map(lambda t: t[rows].clone() if _is_stack(t) else t, trees)
+                own = trees if len(self.folders) == 1 else _stacks(lambda t: t[rows].clone(), trees)
                 new, path = folder / "state.new.pt", folder / "state.pt"
                 save_tensors(new, {"step": step, "seconds": self.seconds(), "parts": own})
                 if path.exists():  # at any moment one of the two can be read

@@ -1,8 +1,7 @@
 """NVIDIA's EDM networks, such as edm-imagenet-64x64-cond-adm.pkl, read without running anything that is in the file.
 
-Those pickles carry their own source code, which NVIDIA's loader executes. Here names outside ALLOWED are refused,
-objects become records of attributes, and the network is compared, row by row, with what our U-Net computes, before
-anything of it is handed out. EDM's other network, SongUNet (CIFAR-10), cannot be read.
+Those pickles carry source code, which NVIDIA's loader executes. Here names outside ALLOWED are refused, objects become
+records of attributes, and the network is compared, row by row, with what our U-Net computes. Not here: SongUNet.
 
 Departures: the class matrix becomes a table of rows; interleaved queries, keys and values become three blocks; weights
 become float32; dropout, the augmentation's input and resampling filters, once seen to be plain means, are dropped.
@@ -19,7 +18,7 @@ from torch import Tensor
 import images
 import unet
 
-DEFAULTS = dict(label_dim=0, sigma_data=0.5, model_channels=192, channel_mult=[1, 2, 3, 4], channel_mult_emb=4,
+DEFAULTS = dict(sigma_data=0.5, model_channels=192, channel_mult=[1, 2, 3, 4], channel_mult_emb=4,
                 num_blocks=3, attn_resolutions=[32, 16, 8])  # of EDMPrecond and DhariwalUNet: files leave them out
 ARGUMENTS = {  # what is within reason, and in our U-Net: see _fits
     "label_dim": range(1, 100_001), "img_resolution": range(1, 1025), "in_channels": range(1, 65),
@@ -30,7 +29,7 @@ ARGUMENTS = {  # what is within reason, and in our U-Net: see _fits
 
 @dataclass
 class Snapshot:
-    """The arguments and weights (float32) of our unet.UNet, and sigma_data of the preconditioning around it."""
+    """Arguments and weights (float32) of a unet.UNet, and sigma_data of the preconditioning around it."""
     resolution: int
     channels: int
     classes: int
@@ -48,10 +47,10 @@ def read(path) -> Snapshot:
 
 
 def _network(ema, length: int) -> Snapshot:
-    """Of a file of this length in bytes. ValueError if it isn't what our U-Net computes."""
-    model = _part(ema, "_modules").get("model")
+    """Of a file of this many bytes. ValueError if it isn't what our U-Net computes."""
+    model = ema.state["_modules"]["model"]
     _compare([("preconditioning", ema.kind, "EDMPrecond"), ("network", model.kind, "DhariwalUNet")])
-    args = {**DEFAULTS, **_part(ema, "_init_kwargs"), **_part(model, "_init_kwargs")}
+    args = {**DEFAULTS, **ema.state["_init_kwargs"], **model.state["_init_kwargs"]}
     args["sigma_data"] = ema.state.get("sigma_data", args["sigma_data"])  # the number that NVIDIA's code computes with
     channels = args.setdefault("in_channels", args.get("img_channels"))
     _compare((name, args.get(name), wanted) for name, wanted in ARGUMENTS.items())
@@ -66,7 +65,7 @@ def _network(ema, length: int) -> Snapshot:
     facts = _facts(net)
     places = {*dict(net.named_modules()), "map_augment", *(path.rpartition(".")[0] for path in facts)}
     attributes, tensors = _flat(model, places)
-    _compare((path, attributes.get(path, value), value) for path, value in facts.items())  # those left out are right
+    _compare((path, attributes.get(path, value), value) for path, value in facts.items())  # default: as wanted
     _compare(_tensors(net, tensors))
     state = {}
     for name in net.state_dict():
@@ -86,12 +85,12 @@ class _Node:
 
 def _node(kind, state=None) -> _Node:
     node = _Node()
-    node.kind, node.state = kind, state if isinstance(state, dict) else {}
+    node.kind, node.state = kind, state
     return node
 
 
 def _storage(raw: bytes) -> Tensor:
-    """The numbers of one tensor, [n]: the file holds a small torch file for each. ValueError for anything else in it."""
+    """The numbers [n] of one tensor: the pickle holds a small torch file for each. ValueError for anything else."""
     try:
         if raw[:2] != b"PK":  # a zip could swell; NVIDIA's are not zipped
             stored = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
@@ -133,24 +132,18 @@ class _Reader(pickle._Unpickler):
         return ALLOWED[module, name]
 
     def build(self):
-        """Set attributes: of the file's own objects only, never of the functions in ALLOWED."""
+        """Set attributes of the file's own objects, never of the functions in ALLOWED."""
         state, node = self.stack.pop(), self.stack[-1]
         if not isinstance(node, _Node):
-            raise ValueError("attributes for what is not an object of the file")
-        node.state = state if isinstance(state, dict) else {}
+            raise ValueError("attributes of what is no object of the file")
+        node.state = state
 
     dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: build}
     del dispatch[pickle.BYTEARRAY8[0]]  # it fills as much memory as the file names
 
 
-def _part(node: _Node, name: str) -> dict:
-    """The attribute `name` if it is a dict; its entries by name."""
-    part = node.state.get(name)
-    return {key: value for key, value in part.items() if isinstance(key, str)} if isinstance(part, dict) else {}
-
-
 def _fits(there, wanted) -> bool:
-    """wanted: a range of whole numbers, [range] of a list of up to 8, (low, high) of numbers, or the value itself."""
+    """wanted: a range of whole numbers, [range] of up to 8, (low, high) of numbers, or the value itself."""
     if isinstance(wanted, range):
         return type(there) is int and there in wanted
     if isinstance(wanted, list):
@@ -175,15 +168,15 @@ def _compare(rows) -> None:
 
 
 def _flat(model: _Node, places: set[str]) -> tuple[dict, dict[str, Tensor]]:
-    """{path: attribute}, {path: tensor} as in a state dict; a module out of place stays closed, as a tensor too much."""
+    """{path: attribute}, {path: tensor} as in a state dict; a module out of place stays closed: a tensor too much."""
     attributes, tensors, todo = {}, {}, [("", model)]
     while todo:
         prefix, node = todo.pop()
-        attributes |= {f"{prefix}{name}": value for name, value in node.state.items()}
-        held = {**_part(node, "_parameters"), **_part(node, "_buffers")}
-        for name, child in _part(node, "_modules").items():
+        attributes |= {prefix + name: value for name, value in node.state.items()}
+        held = {**node.state["_parameters"], **node.state["_buffers"]}
+        for name, child in node.state["_modules"].items():
             if prefix + name in places and isinstance(child, _Node):
-                todo.append((f"{prefix}{name}.", child))
+                todo.append((prefix + name + ".", child))
             else:
                 held[name] = child
         tensors |= {prefix + name: tensor for name, tensor in held.items() if tensor is not None}
@@ -191,7 +184,7 @@ def _flat(model: _Node, places: set[str]) -> tuple[dict, dict[str, Tensor]]:
 
 
 def _facts(net: unet.UNet) -> dict:
-    """{path: attribute}: what NVIDIA's modules must have to compute as ours do, and no shape tells."""
+    """{path: attribute}: what makes NVIDIA's modules compute as ours do, and no shape tells."""
     facts = {"map_noise.num_channels": net.size.width, "map_noise.max_positions": 10_000, "map_noise.endpoint": False}
     for name, ours in net.named_modules():
         if isinstance(ours, unet.Block):

@@ -1,7 +1,7 @@
-"""The ADM U-Net in the form that EDM trains for ImageNet-64: teacher, generators and fake denoisers of images.
+"""The ADM U-Net as EDM trains it for ImageNet-64: teacher, generators and fake denoisers of images.
 
-An encoder and a decoder of residual blocks with skip connections, self-attention at the low resolutions, noise level
-and class entering every block as a scale and a shift [Dhariwal and Nichol 2021, App. A; EDM Table 7].
+Residual blocks with skip connections, self-attention at low resolutions, noise level and class entering every block as
+a scale and a shift [Dhariwal and Nichol 2021, App. A; EDM Table 7].
 
 Departures: classes are rows of a table; queries, keys and values lie in three blocks, not interleaved (snapshot.py
 translates); attention is PyTorch's fused one; dropout is 0. Weights and embeddings are float32; on a GPU what lies
@@ -53,7 +53,7 @@ class Conv(nn.Conv2d):
 
 
 class Norm(nn.GroupNorm):
-    """At most 32 groups, of at least 4 channels each; in the dtype of its input."""
+    """At most 32 groups of at least 4 channels; in the dtype of its input."""
 
     def __init__(self, channels: int):
         super().__init__(min(32, channels // 4), channels)
@@ -70,7 +70,7 @@ def zeroed(layer: nn.Module) -> nn.Module:
 
 
 class Block(nn.Module):
-    """x + conv(norm * (1 + scale) + shift), with scale and shift from the embedding; then self-attention.
+    """x + conv(norm * (1 + scale) + shift), scale and shift from the embedding; then self-attention.
 
     resample: "up", "down" or None, before it."""
 
@@ -100,7 +100,7 @@ class Block(nn.Module):
         return F.interpolate(x, scale_factor=2, mode="nearest") if self.resample == "up" else x
 
     def attend(self, x: Tensor) -> Tensor:
-        """Self-attention over the pixels of x [B, outside, H, W]."""
+        """Self-attention over pixels, x [B, outside, H, W]."""
         qkv = self.qkv(x).flatten(2).unflatten(1, (3, self.heads, -1))  # [B, 3, heads, ch, HW]
         q, k, v = qkv.transpose(3, 4).contiguous().unbind(1)  # [B, heads, HW, ch], as fused kernels want it
         return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(x.shape)
@@ -110,44 +110,42 @@ class UNet(nn.Module):
     """F(x, c_noise, label) -> [..., C, H, W], for x [..., C, H, W], c_noise [...], label [...] (int64; None: no class).
 
     resolution: H = W; size: a Size, or its name in `sizes`. features=True: also the encoder's last output
-    [..., *bottleneck]; "only": it alone, without the decoder. ValueError if the resolution does not halve."""
+    [..., *bottleneck]; "only": it alone. ValueError if the resolution does not halve at every level."""
 
     def __init__(self, resolution: int, channels: int, classes: int, size: str | Size = "B", sizes: dict = SIZES):
         super().__init__()
         size = sizes[size] if isinstance(size, str) else size
-        width, embed, levels = size.width, 4 * size.width, list(enumerate(size.mult))
-        if resolution % 2 ** (len(levels) - 1):
-            raise ValueError(f"resolution {resolution} does not halve {len(levels) - 1} times")
-        self.size, self.precision = size, None  # precision: a dtype; None: bfloat16 on a GPU, else that of x
+        width, embed, last = size.width, 4 * size.width, len(size.mult) - 1
+        if resolution % 2 ** last:
+            raise ValueError(f"resolution {resolution} does not halve {last} times")
+        self.size, self.precision = size, None  # a dtype; None: bfloat16 on a GPU, else that of x
         frequency = 10_000 ** (-torch.arange(width // 2, dtype=torch.float32) / (width // 2))
         self.register_buffer("frequency", frequency, persistent=False)
         self.map_layer0, self.map_layer1 = nn.Linear(width, embed), nn.Linear(embed, embed)
         self.map_label = nn.Embedding(classes, embed)
 
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()  # named as in NVIDIA's files: resolution and place
-        here, skips = width * size.mult[0], []
-        for level, mult in levels:
-            r = resolution >> level
-            at = f"{r}x{r}"
-            if level:
+        sides = [resolution >> level for level in range(last + 1)]
+        levels = [(f"{r}x{r}", width * mult, r in size.attention) for r, mult in zip(sides, size.mult)]
+        here, skips = levels[0][1], []
+        for at, outside, attention in levels:
+            if skips:
                 self.enc[f"{at}_down"] = Block(here, here, embed, resample="down")
             else:
                 self.enc[f"{at}_conv"] = Conv(channels, here, 3)
             skips.append(here)
             for i in range(size.blocks):
-                self.enc[f"{at}_block{i}"] = Block(here, width * mult, embed, r in size.attention)
-                here = width * mult
+                self.enc[f"{at}_block{i}"] = Block(here, outside, embed, attention)
+                here = outside
                 skips.append(here)
-        self.bottleneck = (here, r, r)  # shape, without leading dimensions
+        self.bottleneck = (here, sides[-1], sides[-1])  # shape, without leading dimensions
         self.dec[f"{at}_in0"], self.dec[f"{at}_in1"] = Block(here, here, embed, True), Block(here, here, embed)
-        for level, mult in reversed(levels):
-            r = resolution >> level
-            at = f"{r}x{r}"
-            if level < len(levels) - 1:
+        for at, outside, attention in reversed(levels):
+            if f"{at}_in0" not in self.dec:
                 self.dec[f"{at}_up"] = Block(here, here, embed, resample="up")
             for i in range(size.blocks + 1):
-                self.dec[f"{at}_block{i}"] = Block(here + skips.pop(), width * mult, embed, r in size.attention)
-                here = width * mult
+                self.dec[f"{at}_block{i}"] = Block(here + skips.pop(), outside, embed, attention)
+                here = outside
         self.out_norm, self.out_conv = Norm(here), zeroed(Conv(here, channels, 3))
 
     def label_embeddings(self) -> Tensor:

@@ -1,12 +1,13 @@
-"""Speed on this machine. Rounds alternate, and medians are printed: another job then slows all alike.
+"""Speed on this machine: medians of rounds that alternate, so that another job slows all alike. --quick: does it run?
 
-  python tests/benchmark.py               the toy's stack: whole DM updates (generator, fake updates, regression)
+  python tests/benchmark.py               the toy's stack, against its students one after another
   python tests/benchmark.py --sizes B S XS XXS --dataset imagenet64    one-step students of each size [MSD Table 7]
   python tests/benchmark.py --samples runs/toy/seed0/students8         one-step students against the teacher's sampler
   python tests/benchmark.py --unet EDM    our U-Net against NVIDIA's; EDM: a checkout of github.com/NVlabs/edm
-  python tests/benchmark.py --dm B XXS    a DM update at 64 x 64 on this device: images a second and memory
+  python tests/benchmark.py --dm B XXS    a DM update of ImageNet-64 on this device: images a second and memory
 """
 import argparse
+import os
 import pickle
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from pathlib import Path
 from statistics import median
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+os.environ["TQDM_DISABLE"] = "1"
 
 import torch
 
@@ -48,7 +50,7 @@ def seconds(function) -> float:
 
 
 def per_update(line: str, groups, size, pairs: int) -> float:
-    """Seconds of a DM update of a stack of students, of these groups of classes: without the first and the last."""
+    """Seconds of a DM update (regression, KL term, fake denoiser) of a stack of students of these groups of classes."""
     flags = parse(msd.Flags, msd.PRESETS, f"--reg-warmup 0 --fake-warmup 0 --select-samples 8 {line}".split())
     marks = []
     with tempfile.TemporaryDirectory() as folder:
@@ -59,21 +61,19 @@ def per_update(line: str, groups, size, pairs: int) -> float:
 
 
 def stacked(given) -> None:
-    """Eight toy students in one stack, and one after another."""
-    print(f"8 students, {torch.get_num_threads()} threads; milliseconds of an update of all eight")
+    """Milliseconds of an update of all eight students."""
     rounds, steps, groups = (1, 4, [[0], [1]]) if given.quick else (5, 40, [[k] for k in range(8)])
-    for name, more in (("DM + regression (the default)", ""), ("regression only", "--dm-weight 0")):
+    for more in ("", "--dm-weight 0"):
         for batch in (64, 256):
-            line, together, alone = f"--steps {steps} --batch {batch} {more}", [], []
+            line, both = f"--batch {batch} {more} --steps {steps}", []
             for _ in range(rounds):
-                together.append(1e3 * per_update(line, groups, "B", 1000))
-                alone.append(1e3 * sum(per_update(line, [group], "B", 1000) for group in groups))
-            a, b = median(together), median(alone)
-            print(f"{name:<30} batch {batch:>3}: stacked {a:6.1f}, one after another {b:6.1f}, ratio {b / a:.2f}")
+                alone = sum(per_update(line, [group], "B", 1000) for group in groups)
+                both.append((1e3 * per_update(line, groups, "B", 1000), 1e3 * alone))
+            a, b = map(median, zip(*both))
+            print(f"{line}: stacked {a:.1f} ms, one after another {b:.1f} ms, ratio {b / a:.2f}")
 
 
 def updates(given) -> None:
-    """A DM update (regression l2, KL term, fake denoiser) of one student of ImageNet-64."""
     batch, steps, pixels = (32, 12, 64) if GPU else (1, 4, 16 if given.quick else 64)
     for name in given.dm:
         line = f"--dataset imagenet64 --distance l2 --steps {steps} --batch {batch} --resolution {pixels}"
@@ -91,8 +91,7 @@ def sizes(given) -> None:
     for name, n in [(name, n) for name in nets for n in (1, 2, many)] * (2 if given.quick else 6 if many == 4 else 100):
         z, label = torch.randn(1, n, *facts.shape, device=DEVICE), torch.zeros(1, n, dtype=torch.int64, device=DEVICE)
         times.setdefault((name, n), []).append(seconds(lambda: dmd.one_step(nets[name], z, label)))
-    where = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{given.dataset}, {where}; {many} samples at a time:\n"
+    print(f"{given.dataset}, {torch.cuda.get_device_name() if GPU else 'CPU'}; {many} samples at a time:\n"
           f"{'size':>5} {'parameters':>12} {'multiply-adds':>15} {'latency':>11} {'two cost':>9} {'samples a second':>17}")
     for name, net in nets.items():
         one, two, batch = (median(times[name, n][1:]) for n in (1, 2, many))
@@ -111,7 +110,7 @@ def samples(given) -> None:
     label, z = data.stratified(number, facts.classes), torch.randn(number, *facts.shape)
     fast = evaluate.throughput(lambda: msd.sampled(found, router, z, label, DEVICE), number)
     slow = evaluate.throughput(lambda: edm.heun(D, z[None].to(DEVICE), label[None].to(DEVICE), steps).cpu(), number)
-    print(f"samples a second: teacher, {edm.evaluations(steps)} evaluations: {slow:,.0f}; students: {fast:,.0f}; ratio {fast / slow:.1f}")
+    print(f"samples a second: teacher, {steps} steps: {slow:,.0f}; students: {fast:,.0f}; ratio {fast / slow:.1f}")
 
 
 def unets(given, size: str = "XXS") -> None:
@@ -152,7 +151,7 @@ def unets(given, size: str = "XXS") -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
+    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--dataset", default="toy", choices=data.DATASETS)
     jobs = {"unet": unets, "samples": samples, "dm": updates, "sizes": sizes}
     for name in jobs:

@@ -189,22 +189,32 @@ def small_figures():
     plot.plt.rcParams.update({"figure.dpi": 20, "savefig.dpi": 20})
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Runs without their figures, which take longer than the rest of a smoke run."""
+    monkeypatch.setattr(plot, "draw", lambda *args: [])
+
+
+def finished(out: Path, *argv: str) -> Path:
+    """The folder of a finished smoke run of msd.py, without figures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plot, "draw", lambda *args: [])
+        assert msd.main(["--preset", "smoke", *argv, "--out", str(out)]) == 0
+    return out
+
+
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
     """A finished smoke run of msd.py with K = 1, 3 and two seeds: the run folder."""
-    out = tmp_path_factory.mktemp("shared") / "run"
-    assert msd.main(["--preset", "smoke", "--students", "1", "3", "--seeds", "2", "--out", str(out)]) == 0
-    return out
+    return finished(tmp_path_factory.mktemp("shared") / "run", "--students", "1", "3", "--seeds", "2")
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
-    """Three students of the teacher's size after DM and ADM, and three XXS ones after all three stages: the run folder."""
+    """Three students of the teacher's size after DM and ADM, three XXS ones after all three stages: the run folder."""
     out = tmp_path_factory.mktemp("small") / "run"
-    assert msd.main(["--preset", "smoke", "--students", "3", "--stages", "dm,adm", "--save-every", "4", "--adm-steps", "8",
-                     "--out", str(out)]) == 0
-    assert msd.main([*SMALL, "--out", str(out)]) == 0
-    return out
+    finished(out, "--students", "3", "--stages", "dm,adm", "--save-every", "4", "--adm-steps", "8")
+    return finished(out, *SMALL)
 
 
 def write_idx(path: Path, values: np.ndarray, zipped: bool = False) -> None:

@@ -37,7 +37,7 @@ def stack(stage, flags, groups, size, out: Path, pairs: int, ranks=None) -> tupl
     facts, ranks, (steps, batch) = msd.facts_of(flags), ranks or common.Ranks(), stage.length(flags)
     torch.manual_seed(0)
     D = edm.Precond(facts.net(1, size), facts.sigma_data).requires_grad_(False)
-    for p in D.parameters():                                        # some of a U-Net's are 0
+    for p in D.parameters():  # some of a U-Net's are 0
         p.add_(0.02 * torch.randn(p.shape))
     D.to(ranks.device)
     z = torch.randn(1, pairs, *facts.shape, generator=generator("z")).to(ranks.device)
@@ -70,7 +70,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "double":
         torch.set_default_dtype(torch.float64)
         double(Path(sys.argv[2]), sys.argv[3])
-    elif sys.argv[1] == "dies":                                     # the second rank is gone after a few steps
+    elif sys.argv[1] == "dies":  # the second rank is gone after a few steps
         if os.environ["RANK"] == "1":
             original, count = common.Ranks.add_gradients, []
 

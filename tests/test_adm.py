@@ -32,7 +32,7 @@ def test_losses_at_known_logits():
 
 
 def two_gaussians(n: int):
-    """Powers 1, x, x^2 of real N(0.3, 0.5^2) and fake N(-0.2, 0.8^2), and log p_real / p_fake's coefficients in them."""
+    """Powers 1, x, x^2 of real N(0.3, 0.5^2) and fake N(-0.2, 0.8^2), and log p_real / p_fake in these."""
     g = torch.Generator().manual_seed(0)
     (m, s), (k, t) = (0.3, 0.5), (-0.2, 0.8)
     real, fake = (a + b * torch.randn(n, generator=g, dtype=torch.float64) for a, b in ((m, s), (k, t)))
@@ -74,7 +74,7 @@ def test_a_fitted_quadratic_critic_is_the_log_ratio():
 
 @pytest.mark.parametrize("shape, convolutions", [((768, 8, 8), 1), ((64, 4, 4), 0), ((32, 2, 2), 0), ((16, 16, 16), 2)])
 def test_image_head(shape, convolutions):
-    """[MSD App. D.2.1]: stride-2 convolutions down to 4 x 4, one more over all of it, a linear layer; one logit a sample."""
+    """[MSD App. D.2.1]: stride-2 convolutions down to 4 x 4, one over all of it, a linear layer; a logit a sample."""
     with torch.device("meta"):
         head = adm.Head(shape, [0])
         strided = [m for m in head.net if isinstance(m, torch.nn.Conv2d) and m.stride == (2, 2)]
@@ -92,7 +92,7 @@ def test_toy_head_rows_are_independent(double):
 
 @pytest.mark.parametrize("kind", ["toy", "image"])
 def test_logit_reads_the_bottleneck(kind):
-    """The logit is the head on the bottleneck of mu_fake at (x_t, sigma, label): the same as from a whole forward pass."""
+    """The logit is the head on the bottleneck of mu_fake at (x_t, sigma, label), as of a whole forward pass."""
     net = toy_mog.ToyNet(2, 16) if kind == "toy" else unet.UNet(16, 1, 10, unet.Size(16, (1, 2), 1, ()))
     mu_fake, M, shape = edm.Precond(net), (2 if kind == "toy" else 1), ((2,) if kind == "toy" else (1, 16, 16))
     critic = adm.Critic(mu_fake, adm.Head(net.bottleneck, list(range(M))))
@@ -113,7 +113,7 @@ def test_critic_of_images_is_float32_outside():
     x = torch.randn(1, 3, 1, 16, 16, requires_grad=True)
     logit = critic.logit(x, torch.full((1, 3), 0.5), torch.zeros(1, 3, dtype=torch.int64))
     gradient, = torch.autograd.grad(logit.sum(), x)
-    assert logit.dtype == gradient.dtype == torch.float32 and torch.isfinite(gradient).all() and gradient.abs().sum() > 0
+    assert logit.dtype == gradient.dtype == torch.float32 and torch.isfinite(gradient).all() and gradient.any()
 
 
 # ------------------------------------------------------------- the loop
@@ -128,7 +128,7 @@ def test_f_adm_real_data_and_conditions_are_the_students_own(tmp_path, drawn):
 
 
 def test_gradients_flow_only_where_they_may(tmp_path, monkeypatch):
-    """In G's turn the critic (mu_fake and head) gets none and stays as it is, in the critic's turn G; the teacher always."""
+    """In G's turn the critic (mu_fake and head) gets none and stays as it is, in its own turn G; the teacher always."""
     frozen, nets, turns, original = denoiser(seed=3), {}, [], common.AdamW.step
 
     def step(self, *args):  # after the turn's backward passes, before its update

@@ -1,4 +1,4 @@
-"""Consistency distillation: scalings, the Heun step, the loss of an exact solution map, who gets gradients, whose data."""
+"""Consistency distillation: scalings, Heun's step, the loss of an exact solution map, who gets gradients, whose data."""
 import math
 import runpy
 import shutil
@@ -19,6 +19,7 @@ from conftest import ALL, ROOT, Asked, denoiser, options, same, trained
 from run import load_json, load_tensors
 
 SMOKE = ["--preset", "smoke"]
+pytestmark = pytest.mark.usefixtures("undrawn")
 LOOP = "--cd-steps 12 --cd-batch 8 --cd-points 8 --warmup 1 --select-samples 80 "
 NINE = [0.002, 0.0021, 0.005, 0.02, 0.1, 0.5, 2.5, 17.5, 80.0]
 
@@ -91,7 +92,7 @@ def test_loss_of_the_exact_map_falls_with_heuns_order():
 
 
 def test_heun_steps_make_the_sampler():
-    """`bound` is edm.heun's state before its last step: one Euler step to 0, which is the denoiser, makes them equal."""
+    """`bound` is edm.heun's state before its last step, to 0, which is the denoiser's answer."""
     z, label = torch.randn(1, 64, 2, dtype=torch.float64), data.stratified(64, 8)[None]
     x = consistency.bound(toy_mog.denoiser, z, label, 20)
     end = toy_mog.denoiser(x, torch.full(label.shape, edm.SIGMA_MIN, dtype=torch.float64), label)
@@ -109,7 +110,7 @@ def test_target_gets_no_gradient_and_the_student_does():
 
 
 def test_level_law():
-    """`focus` of the draws are normal in ln sigma, the rest uniform; drawn by the inverse; only from those that are in."""
+    """`focus` of the draws are normal in ln sigma, the rest uniform; by the inverse; only from levels that are in."""
     grid, u = edm.sigma_bins(64), torch.linspace(0, 1, 1001, dtype=torch.float64)
     mass = torch.distributions.Normal(-2, 1.4).cdf(grid.log())
     for focus in (0.0, 0.6, 1.0):
@@ -150,6 +151,15 @@ def test_levels_come_in_from_below(tmp_path):
     tops = [sigma.max().item() for sigma, _ in asked.calls[::2]]  # the first of a Heun step's two evaluations
     assert tops[0] == pytest.approx(grid[2].item()) and tops[2] == pytest.approx(grid[4].item())
     assert all(t == pytest.approx(80.0) for t in tops[5:])
+
+
+def test_the_target_is_a_slow_average_of_f(tmp_path):
+    """After the first update: mu, or the shorter memory of the first steps, of the start; the rest of f."""
+    for mu, kept in (("0.05", 0.05), ("0.97", 0.1), ("0", 0.0)):
+        trained(consistency, [Student(0, 1, 0, ALL)], options(LOOP + f"--cd-steps 1 --cd-target {mu}"), tmp_path / mu)
+        parts, start = load_tensors(tmp_path / mu / "state.pt")["parts"], denoiser(12).state_dict()
+        for k, v in parts["f"].items():
+            torch.testing.assert_close(parts["target"][k], kept * start[k] + (1 - kept) * v)
 
 
 def test_one_student_is_consistency_py_bit_for_bit(tmp_path, run, monkeypatch):

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 import common
-import data
 import dmd
 import edm
 import msd
 import teacher
+import toy_mog
 from common import Draws, Student
 from conftest import ALL, Asked, denoiser, options, task_of, trained
 
@@ -107,7 +107,7 @@ def oracle(x, sigma, label):
 @pytest.mark.parametrize("times, zero", [(0, False), (1, True), (2, False)])
 def test_regression_is_zero_only_if_z_is_scaled_exactly_once(times, zero):
     D = lambda x, sigma, label: x * (0.25 / (0.25 + sigma ** 2))[..., None]
-    z, label = torch.randn(1, 500, 2, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 500, dtype=torch.int64)
+    z, label = torch.randn(1, 500, 2, generator=common.generator("z")), torch.zeros(1, 500, dtype=torch.int64)
     y = teacher.make_pairs(D, z, label, 256, chunk=200)
     fed = z * 80.0 ** (times - 1)  # one_step scales once more
     loss = dmd.regression_loss(dmd.one_step(oracle, fed, label), y).mean()
@@ -142,7 +142,7 @@ def test_one_step_is_one_evaluation_at_sigma_max():
 
 
 def best_slope(loss, s: float, level: float) -> float:
-    """The minimiser of loss(D, x, label, sigma, noise) over D = slope x_t, of data N(0, s^2): a parabola in the slope."""
+    """The minimiser of loss(D, x, label, sigma, noise) over D = slope x_t, of data N(0, s^2): of a parabola."""
     n, g = 100_000, torch.Generator().manual_seed(0)
     slope = torch.tensor(0.0, requires_grad=True)
     x, noise = s * torch.randn(n, 1, generator=g), torch.randn(n, 1, generator=g)
@@ -234,21 +234,18 @@ def test_no_gradient_into_either_score_network(tmp_path, monkeypatch):
 
 def test_checkpoints_are_chosen_on_draws_that_are_not_reported():
     """DM's by the teacher's samples, ADM's by the data; both other draws than those of results.json."""
-    inputs = {0: task_of(dmd, ONE, options()).given[0]}
-    truth = inputs[0].judge.truth(0, 800)
+    one = task_of(dmd, ONE, options()).given[0]
+    truth, z = one.judge.truth(0, 800), Draws("select", ONE).normal(0, "z", 100, 2)[0]
     assert not torch.equal(truth["real"], truth["real_select"])
+    assert not torch.equal(z, torch.randn(100, 2, generator=common.generator(0, "report z")))
     for stage, name, reference in ((dmd, "l1", "select"), (msd.adm, "l1_data", "real_select")):
-        select = task_of(stage, ONE, options(), inputs=inputs).select
-        assert select.name == name and torch.equal(select.references[0], inputs[0].references[reference])
-    mine = Draws("select", ONE).normal(0, "z", 100, 2)
-    assert not torch.equal(mine[0], torch.randn(100, 2, generator=common.generator(0, "report z")))
+        select = task_of(stage, ONE, options(), inputs={0: one}).select
+        assert select.name == name and torch.equal(select.references[0], one.references[reference])
 
 
 def test_selection_is_the_judges_distance_over_the_students_own_classes():
-    """A generator that is perfect on classes 0 to 3 alone: the one student is at the floor, the other far away."""
+    """A generator that is perfect on classes 0 to 3 alone: the one student is near the floor, the other far away."""
     def G(x, sigma, label):
-        made = data.DATASETS["toy"].sample(label, common.generator("G"))
-        return torch.where((label < 4)[..., None], made, 9.0)
-    select = task_of(dmd, HALVES, options("--select-samples 4000")).select
-    near, far = select(G).tolist()
+        return torch.where((label < 4)[..., None], toy_mog.sample(label, common.generator("G")), 9.0)
+    near, far = task_of(dmd, HALVES, options("--select-samples 4000")).select(G).tolist()
     assert near < 0.5 and far == pytest.approx(1)

@@ -1,4 +1,4 @@
-"""The teacher: preconditioning, grids, loss and samplers against closed forms; AdamW and averages of a stack; guidance."""
+"""The teacher: preconditioning, grids, loss, samplers against closed forms; AdamW, averages of a stack; guidance."""
 import math
 
 import pytest
@@ -21,7 +21,7 @@ class Zero(torch.nn.Module):
 
 
 def test_preconditioning_has_unit_variance_input_and_target():
-    """[EDM Table 1]: of data of variance sigma_data^2, c_in x and the target (x0 - c_skip x) / c_out have variance 1."""
+    """[EDM Table 1]: data of variance sigma_data^2 give c_in x and the target (x0 - c_skip x) / c_out variance 1."""
     D = Precond(Zero(), 0.5)
     for level in (0.002, 0.05, 0.5, 3.0, 80.0):
         sigma = torch.tensor(level, dtype=torch.float64)
@@ -103,7 +103,7 @@ def test_sampler_on_the_exact_denoiser_gives_the_mixture():
 
 
 def test_stochastic_sampler():
-    """[EDM Alg. 2] keeps a Gaussian's std; equal generators give equal samples; no churn is the deterministic sampler."""
+    """[EDM Alg. 2] keeps a Gaussian's std; equal generators give equal samples; no churn is [EDM Alg. 1]."""
     z = torch.randn(20_000, 1, generator=torch.Generator().manual_seed(0))
 
     def churned(**more):
@@ -140,7 +140,8 @@ def test_error_by_level():
 
 def test_a_stacks_updates_are_plain_torchs(tmp_path, double):
     """AdamW with clipping and micro-batches, and both averages, of a stack of three, against each network by itself."""
-    group, start, x, target = [Student(0, 3, k, ALL) for k in range(3)], *(torch.randn(3, *s) for s in ((4, 2), (8, 4), (8, 2)))
+    group = [Student(0, 3, k, ALL) for k in range(3)]
+    start, x, target = (torch.randn(3, *shape) for shape in ((4, 2), (8, 4), (8, 2)))
     table = torch.tensor([[3.0, 1.0, 2.0], [2.0, 5.0, 2.0], [9.0, 0.5, 9.0]])  # of three evaluations
 
     class Select:
@@ -148,7 +149,8 @@ def test_a_stacks_updates_are_plain_torchs(tmp_path, double):
 
         def __call__(self, net):
             return next(self.rows)
-    net, one = torch.nn.ParameterDict({"w": start.clone()}), run.Run("t", group, {tmp_path: slice(0, 3)}, 6, 8, (2,), micro_batch=4)
+    net = torch.nn.ParameterDict({"w": start.clone()})
+    one = run.Run("t", group, {tmp_path: slice(0, 3)}, 6, 8, (2,), micro_batch=4)
     opt, average, seen = common.AdamW(net, one, (0.5, 0.99), clip_norm=0.3), common.Average(net, 0.4, Select()), []
     for step in one.steps({}):
         for batch in one.batches(step):
@@ -179,7 +181,7 @@ def test_learning_rate():
     rate = common.learning_rate
     assert [rate(2.0, step, 100, 4, "constant") for step in (0, 1, 3, 50)] == [0.5, 1.0, 2.0, 2.0]
     assert rate(2.0, 50, 100, 0, "linear") == 1.0 and rate(2.0, 25, 100, 0, "linear") == 1.5
-    assert rate(2.0, 50, 100, 0, "cosine") == pytest.approx(1.0) and rate(2.0, 100, 100, 0, "cosine") == pytest.approx(0)
+    assert [rate(2.0, step, 100, 0, "cosine") for step in (50, 100)] == pytest.approx([1.0, 0.0])
 
 
 # ----------------------------------------------------- the teacher's loop, guidance

@@ -50,7 +50,7 @@ def test_flag_beats_preset_beats_default():
     sources = {"in_steps": "flag", "in_lr": "preset smoke", "many": "default", "preset": "flag", "bins": "preset smoke"}
     assert f.source.items() >= sources.items()
     f = parse(Outer, PRESETS, ["--dataset", "other", "--preset", "smoke", "--student-size", "S"])
-    assert (f.inner.steps, f.inner.lr, f.bins) == (4, 0.6, Bins(1, 2))  # a size's line, its own, that of the data it is like
+    assert (f.inner.steps, f.inner.lr, f.bins) == (4, 0.6, Bins(1, 2))  # of the size, its own, of the data it is like
     assert parse(Outer, PRESETS, []).many is not parse(Outer, PRESETS, []).many
 
 
@@ -68,8 +68,9 @@ def test_every_kind_of_value():
     ("--in-step 5", "did you mean --in-steps?"), ("--in-st 5", "--in-st"), ("--preset smook", "did you mean smoke?"),
     ("--words a,d", "d: no such choice"), ("--in-steps 0", "--in-steps 0: must be"),
     ("--in-steps many", "int"), ("--in-lr 1", "below 1"), ("--in-lr nan", "--in-lr nan"), ("--in-lr inf", "--in-lr inf"),
-    (f"--in-steps {'9' * 20}", "--in-steps 999"), ("--many 2 0", "--many 0"), ("--many", "--many"), ("--bins 5", "--bins"),
-    ("--bins 9 5", "--bins 9 5"), ("--bins 0 1000", "0 to 999"), ("--tag ../x", "--tag ../x"), ("--tag abcdef", "--tag abcdef")])
+    (f"--in-steps {'9' * 20}", "--in-steps 999"), ("--many 2 0", "--many 0"), ("--many", "--many"),
+    ("--bins 5", "--bins"), ("--bins 9 5", "--bins 9 5"), ("--bins 0 1000", "0 to 999"), ("--tag ../x", "../x"),
+    ("--tag abcdef", "abcdef")])
 def test_what_is_refused(line, words):
     with pytest.raises(UserError) as error:
         parse(Outer, PRESETS, line.split())

@@ -19,11 +19,13 @@ import sample
 import teacher
 import toy_mog
 from conftest import ROOT, refused, same
+from plot import draw
 from run import RETIRED, load_json, load_shards, load_tensors, save_json
 from students import Students, whole
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 SMOKE = ["--preset", "smoke"]
-AGAIN = [*SMOKE, "--students", "1", "3", "--seeds", "2"]            # as the fixture `run` was made
+AGAIN = [*SMOKE, "--students", "1", "3", "--seeds", "2"]  # as the fixture `run` was made
 
 
 def weights(out, name="ema.pt", K=3):
@@ -184,8 +186,9 @@ def test_results_and_figures(run):
     row = results["students"]["3"]
     assert len(row["per_seed"]) == 2 and row["l1"] == pytest.approx(np.mean([p["l1"] for p in row["per_seed"]]))
     assert len(row["per_class"]) == 8 and 0 < row["l1"] <= 1 and row["l1_sd"] is not None
-    for name in ("figure4", "l1", "students", "training", "teacher"):
-        assert (run / "figures" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    figures = draw(run)
+    assert [path.stem for path in figures] == ["figure4", "l1", "students", "training", "teacher"]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in figures)
     config = load_json(run / "seed1/students3/dm/config.json")
     assert config["partition"] == [[0, 1, 2], [3, 4, 5], [6, 7]] and "out" not in config and "device" not in config
 

@@ -14,6 +14,7 @@ import rank_worker
 import run as folders
 from students import load_students
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 WORKER = str(Path(rank_worker.__file__))
 
 

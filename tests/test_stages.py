@@ -1,4 +1,6 @@
-"""What holds of every training loop: a stack is its students, micro-batches are the batch, killed it goes on bit for bit."""
+"""What holds of every training loop: a stack is its students, micro-batches are the batch, a kill changes no bit."""
+import re
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ LOOPS = {
     edm: "--teacher-steps 20 --teacher-batch 8 --label-dropout 0.25",
     tsm: "--tsm-steps 20 --tsm-batch 8",
     dmd: "--steps 20 --batch 8 --reg-warmup 6 --fake-warmup 3 --warmup 1 --ttur 2 --draws 2 --clip-norm 1 --pairs 24",
-    adm: "--adm-steps 20 --adm-batch 8 --fake-warmup 3 --adm-ttur 2 --warmup 1 --draws 2 --clip-norm 1 --gan-weight 0.1",
+    adm: "--adm-steps 20 --adm-batch 8 --fake-warmup 3 --warmup 1 --draws 2 --clip-norm 1 --gan-weight 0.1",
     post: "--tsm-steps 5 --steps 10 --adm-steps 5 --batch 8 --warmup 1",
     consistency: "--cd-steps 20 --cd-batch 8 --cd-points 8 --warmup 1",
 }
@@ -42,7 +44,8 @@ def test_stack_equals_separate_runs(tmp_path, double, stage):
 
 @every_loop
 def test_micro_batches_are_the_whole_batch(tmp_path, double, stage):
-    whole, parts = (states(stage, [Student(0, 1, 0, ALL)], tmp_path / micro, f"--micro-batch {micro}") for micro in "02")
+    one = [Student(0, 1, 0, ALL)]
+    whole, parts = (states(stage, one, tmp_path / micro, f"--micro-batch {micro}") for micro in "02")
     for k, v in whole.items():
         torch.testing.assert_close(parts[k], v, atol=1e-10, rtol=1e-10)
 
@@ -57,10 +60,11 @@ def test_resume_bit_for_bit(tmp_path, monkeypatch, stage):
         states(stage, group, tmp_path / "killed", more)
     assert load_tensors(tmp_path / "killed/state.pt")["step"] == 12
     assert same(whole, states(stage, group, tmp_path / "killed", more))
-    rows = [[line.split(",") for line in (tmp_path / name / "metrics.csv").read_text().splitlines()]
-            for name in ("whole", "killed")]
-    assert [(step, *rest) for step, _, *rest in rows[0]] == [(step, *rest) for step, _, *rest in rows[1]]  # but for seconds
-    assert len(rows[0]) > 1 or not stage.BY
+    rows = []
+    for name in ("whole", "killed"):
+        lines = (tmp_path / name / "metrics.csv").read_text().splitlines()
+        rows.append([re.sub(r",[\d.]+,", ",", line, count=1) for line in lines])  # without the seconds
+    assert rows[0] == rows[1] and (len(rows[0]) > 1 or not stage.BY)
 
 
 @pytest.mark.parametrize("stage, line", [

@@ -118,17 +118,14 @@ def test_toy_sizes():
 
 
 def test_prompts_see_their_embeddings():
-    """toy-prompts: label is a row of E; the net sees E[label] alone; prompts of one class have the same exact denoiser."""
-    facts = data.facts("toy-prompts")
-    E = facts.embeddings()
-    assert E.shape == (32, 8) and facts.classes == 32 and torch.equal(E, toy_mog.prompts())
-    net = facts.net(2)
-    x, c_noise, label = torch.randn(2, 32, 2), torch.zeros(2, 32), torch.arange(32).expand(2, 32)
+    """A label is a row of E; the net sees E[label] alone; prompts of one class have the same exact denoiser."""
+    facts, label, E = data.facts("toy-prompts"), torch.arange(32).expand(2, 32), toy_mog.prompts()
+    assert E.shape == (32, 8) and facts.classes == 32 and torch.equal(E, facts.embeddings())
+    net, x, c_noise = facts.net(2), torch.randn(2, 32, 2), torch.zeros(2, 32)
     out = net(x, c_noise, label)
     net.E = E.flip(0)
     torch.testing.assert_close(net(x, c_noise, 31 - label), out)
     torch.testing.assert_close(net(x, c_noise, E[label]), out)  # the embeddings themselves
-    x, sigma, label = torch.randn(1, 8, 2), torch.full((1, 8), 0.2), torch.arange(8)[None]
-    a, b = (facts.exact(x, sigma, label + shift) for shift in (0, 16))
-    assert torch.equal(a, b) and torch.equal(a, toy_mog.denoiser(x, sigma, label))
+    exact = toy_mog.denoiser(x, c_noise + 0.2, label % 8)
+    assert torch.equal(facts.exact(x, c_noise + 0.2, label), exact)
     assert evaluate.toy_judge(facts).truth(0, 3200)["real"].shape[0] == 32
