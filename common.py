@@ -4,7 +4,6 @@ A stack of M students is the leading dimension [M, ...] of every tensor. Every d
 step, purpose): nothing has to be stored to resume, and a student's stream does not depend on who trains beside it.
 Not here: run folders and checkpoints (run.py).
 """
-import contextlib
 import copy
 import hashlib
 import math
@@ -115,7 +114,7 @@ def latents(seeds, shape) -> Tensor:
 
 # --------------------------------------------------------------- ranks
 
-PATIENCE = timedelta(days=30)  # ranks that have finished wait for others that train
+PATIENCE = timedelta(days=30)  # ranks that have finished wait for the others
 
 
 class Ranks:
@@ -140,20 +139,18 @@ class Ranks:
         """This rank's part of 0..number-1: every size-th."""
         return list(range(self.rank, number, self.size))
 
-    def add_gradients(self, net: torch.nn.Module) -> None:
-        """Add up the gradients of all ranks, each already divided by the whole batch."""
+    def add_gradients(self, net: nn.Module) -> None:
+        """Sum over the ranks, each already divided by the whole batch."""
         if self.size > 1:
-            with _reached():
-                grads = [p.grad for p in net.parameters() if p.grad is not None]
-                for work in [dist.all_reduce(g, group=self.group, async_op=True) for g in grads]:
-                    work.wait()
+            grads = [p.grad for p in net.parameters() if p.grad is not None]
+            for work in [dist.all_reduce(g, group=self.group, async_op=True) for g in grads]:
+                work.wait()
 
     def total(self, value: Tensor) -> Tensor:
         """Sum of a tensor over the ranks."""
         if self.size > 1:
             value = value.detach().clone()
-            with _reached():
-                dist.all_reduce(value, group=self.group)
+            dist.all_reduce(value, group=self.group)
         return value
 
     def any(self, flag: bool) -> bool:
@@ -166,17 +163,15 @@ class Ranks:
             return value
         value = value.contiguous()
         out = [torch.empty_like(value) for _ in range(self.size)]
-        with _reached():
-            dist.all_gather(out, value, group=self.group)
+        dist.all_gather(out, value, group=self.group)
         return torch.cat(out)
 
     def first(self, function):
-        """What function() returns on the first rank, for all: what is read from files must not differ."""
+        """What function() returns on the first rank, for all: of files, two ranks may see different states."""
         value = [function() if self.rank == 0 else None]
         if self.size > 1:
-            with _reached():
-                first = dist.get_global_rank(self.group, 0)
-                dist.broadcast_object_list(value, src=first, group=self.group, device=self.device)
+            first = dist.get_global_rank(self.group, 0)
+            dist.broadcast_object_list(value, src=first, group=self.group, device=self.device)
         return value[0]
 
     def wait(self) -> None:
@@ -196,15 +191,6 @@ class Ranks:
         groups = [dist.new_group(m, timeout=PATIENCE) if each > 1 and units > 1 else self.group for m in lists]
         mine = self.rank // each
         return [mine], Ranks(lists[mine], groups[mine], self.device)
-
-
-@contextlib.contextmanager
-def _reached():
-    """Makes the engine's RuntimeError, when a peer is gone, a UserError."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise UserError(f"rank {os.environ['RANK']}: another rank stopped, and says why itself: {error}") from None
 
 
 def leave(ranks: Ranks) -> None:
@@ -243,7 +229,7 @@ def learning_rate(base: float, step: int, steps: int, warmup: int, decay: str) -
 
 @torch.no_grad()
 def ema_update(ema: nn.Module, net: nn.Module, decay: float, step: int) -> None:
-    """Exponential moving average of the weights, of a shorter memory in the first steps."""
+    """Exponential moving average; its memory is shorter in the first steps."""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
@@ -264,7 +250,7 @@ WEIGHT_DECAY = 0.01  # AdamW's own default, as in DMD
 
 
 class AdamW:
-    """AdamW of a stack of M students, which share nothing: losses per sample in, one update out."""
+    """AdamW of M students, which share nothing: losses per sample in, one update out."""
 
     def __init__(self, net: nn.Module, run, betas=(0.9, 0.999), clip_norm: float = 0.0):
         self.net, self.run, self.clip_norm, self.loss = net, run, clip_norm, 0.0
@@ -294,7 +280,7 @@ class AdamW:
 
 
 class Average:
-    """The weights that are kept: an exponential moving average `now`, and the `best` it has been for each student.
+    """The weights that are kept: an exponential moving average `now`, and each student's `best` of it.
 
     select(net) -> [M]: the distance by which that is chosen, in metrics.csv as select.name."""
 

@@ -1,8 +1,8 @@
 """What is known of each dataset, and one stream of (x, label) from it.
 
 A stage never asks which dataset it trains on: what differs is a value in DATASETS, or a preset. `batch` gives (x in
-[-1, 1], label) of a student's own classes Y_k [MSD Eq. 1], in an order that is a function of the step alone: a killed
-run goes on with the very next batch.
+[-1, 1], label) of a student's own classes Y_k [MSD Eq. 1], in an order that depends on the step alone: a killed run
+goes on with the next one.
 """
 import functools
 import hashlib
@@ -20,13 +20,12 @@ import toy_mog
 import unet
 from common import Draws, Ranks, Student, generator
 from flags import UserError
-
-Pair = tuple[Tensor, Tensor]  # x [..., *shape] and label [...]
+from images import Pair
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a dataset before any of it is seen."""
+    """Of a dataset, before any of it is seen."""
     name: str
     shape: tuple[int, ...]  # of one x
     classes: int  # |Y|; of the dataset, never of a filtered part of it
@@ -48,11 +47,11 @@ class Facts:
 
     @property
     def resolution(self) -> int:
-        """Pixels of an image's side; 0 where x is no image. What checkpoints and config.json keep."""
+        """Pixels of an image's side; 0 where x is no image."""
         return self.shape[-1] if self.native else 0
 
     def net(self, students: int = 1, size=None):
-        """F(x, c_noise, label) of so many students; size: one of `sizes`, by default the first, or its fields."""
+        """F(x, c_noise, label) of so many students; size: one of `sizes` (the first), or its fields."""
         size = size or self.sizes[0]
         if self.stacked:
             return toy_mog.toy_net(students, size, self.embeddings and self.embeddings())
@@ -61,7 +60,7 @@ class Facts:
         return unet.UNet(self.shape[1], self.shape[0], self.classes, size)
 
     def narrowed(self, size, keep: float) -> tuple:
-        """About this share of a size's channels, as fields for `net`; images' stay fit for group norms."""
+        """About this share of a size's channels, as fields for `net`."""
         width, *rest = self.fields[size] if isinstance(size, str) else size
         unit = 1 if not self.native else 32 if width >= 64 else 4
         return (max(unit, 4, round(width * keep / unit) * unit), *rest)
@@ -86,16 +85,14 @@ DATASETS = {known.name: known for known in (
 def facts(name: str, resolution: int = 0) -> Facts:
     """At the dataset's own resolution, or pooled to another. UserError if it can't be."""
     known = DATASETS[name]
-    if not resolution:
-        return known
-    possible = [r for r in (8, 16, 32, 64) if r <= known.native]
+    possible = [r for r in (0, 8, 16, 32, 64) if r <= known.native]
     if resolution not in possible:
         raise UserError(f"--resolution {resolution}: {name} can have one of {possible}")
-    return replace(known, shape=(known.shape[0], resolution, resolution))
+    return replace(known, shape=(known.shape[0], resolution, resolution)) if resolution else known
 
 
 def stratified(batch: int, classes: int) -> Tensor:
-    """Labels [batch] in turn, 0, 1, …, classes - 1, 0, …: equal shares."""
+    """Labels [batch] 0, 1, …, classes - 1, 0, …: equal shares."""
     return torch.arange(batch) % classes
 
 
@@ -103,7 +100,7 @@ def _own(label: Tensor, student: Student) -> Tensor:
     """Where in label [N] the student's classes are. UserError if nowhere."""
     index = torch.isin(label, torch.tensor(student.classes, device=label.device)).nonzero()[:, 0]
     if not len(index):
-        raise UserError(f"{student}: the data (of --real generated: the --pairs) have none of its classes")
+        raise UserError(f"{student}: the data, or the --pairs, have none of its classes")
     return index
 
 
@@ -113,7 +110,7 @@ class Mixture:
     known: Facts
 
     def batch(self, draws: Draws, step: int, batch: int, part: slice = slice(None)) -> Pair:
-        """x [M, b, 2] and labels [M, b] of each student's classes: `part` of the batch of this step."""
+        """x [M, b, 2] and labels [M, b] of each student's classes: `part` of this step's batch."""
         label = draws.label(step, "data label", batch)
         x = torch.stack([self.known.sample(row, g) for row, g in zip(label, draws.generators(step, "data"))])
         return x[:, part], label[:, part]
@@ -133,13 +130,13 @@ class Images:
         self.ahead, self.worker = {}, ThreadPoolExecutor(1)
 
     def order(self, student: Student, stage: str, epoch: int) -> Tensor:
-        """The images of the student's classes in the order of this epoch."""
+        """The images of the student's classes in this epoch's order."""
         own = _own(self.label, student)
         g = generator(student.seed, stage, student.K, student.k, epoch, "order")
         return own[torch.randperm(len(own), generator=g)]
 
     def indices(self, student: Student, stage: str, first: int, number: int) -> Tensor:
-        """Which images the student sees as its first-th, (first + 1)-th, … of the stage."""
+        """The student's first-th, (first + 1)-th, … image of the stage."""
         size, out = len(self.order(student, stage, 0)), []
         while number:
             epoch, at = divmod(first, size)
@@ -164,7 +161,7 @@ class Images:
         return x, label.to(draws.device)
 
     def truth(self, seed: int, number: int) -> list[Pair]:
-        """The training images, and the test images (without them: `number` of the training images)."""
+        """The training images, and the test images (or `number` of the training images)."""
         if self.test is not None:
             return [(self.x, self.label), self.test]
         drawn = torch.randperm(len(self.x), generator=generator("truth"))[:number].sort().values
@@ -204,7 +201,7 @@ def source(flags: run.Flags):
 
 
 def opened(flags: run.Flags, ranks: Ranks) -> Callable:
-    """source(), which reads when first asked; of several ranks the first reads, and decodes, first."""
+    """source(), which reads when first asked; of several ranks the first decodes."""
     once = functools.cache(lambda: source(flags))
     if ranks.size > 1 and not facts(flags.dataset).stacked:
         if ranks.rank == 0:
@@ -214,6 +211,6 @@ def opened(flags: run.Flags, ranks: Ranks) -> Callable:
 
 
 def same_data(flags: run.Flags, held: Images) -> None:
-    """OUT/data belongs to these images. UserError if its classifier and features were made from others."""
-    run.check_config(Path(flags.out) / "data", {"dataset": flags.dataset, "resolution": held.x.shape[-1],
-                                                "images": held.fingerprint()})
+    """OUT/data belongs to these images. UserError if its features were made from others."""
+    about = {"dataset": flags.dataset, "resolution": held.x.shape[-1], "images": held.fingerprint()}
+    run.check_config(Path(flags.out) / "data", about)

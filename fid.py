@@ -1,8 +1,8 @@
-"""Fréchet distance between two sets of images [Heusel et al. 2017]: the number by which the papers compare generators.
+"""Fréchet distance between two sets of images [Heusel et al. 2017].
 
-Mean and covariance of the features of each set (as EDM's fid.py), then the distance of the two Gaussians. FID: features
-of NVIDIA's Inception (nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt; a
-TorchScript file is a program: give only that one). FD (our classifier): of a small convnet trained here; no FID.
+"FID": features of NVIDIA's Inception (nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/
+inception-2015-12-05.pt; a TorchScript file is a program: give only that one). "FD (our classifier)": of a small convnet
+trained here; it is no FID.
 
 Departure: the trace of the root of C1 C2 is the sum of the singular values of C1^(1/2) C2^(1/2), their roots from
 symmetric eigendecompositions: never complex, and sound for fewer images than features.
@@ -27,8 +27,6 @@ from flags import UserError, check, command, flag, parse
 
 INCEPTION = "inception-2015-12-05.pt"
 
-
-# ------------------------------------------------ statistics and distance
 
 class Moments:
     """Mean and unbiased covariance of features that come in pieces, float64."""
@@ -75,12 +73,10 @@ def frechet_distance(mu1, cov1, mu2, cov2) -> float:
     mu1, cov1, mu2, cov2 = four = [torch.as_tensor(a).detach().cpu().double() for a in (mu1, cov1, mu2, cov2)]
     alike = mu1.shape == mu2.shape and cov1.shape == cov2.shape == mu1.shape * 2
     if not alike or not all(torch.isfinite(a).all() for a in four):
-        raise ValueError(f"two finite Gaussians of one dimension are needed, not {[list(a.shape) for a in four]}")
+        raise ValueError(f"not two finite Gaussians of one dimension: {[list(a.shape) for a in four]}")
     root = torch.linalg.svdvals(_root(cov1).T @ _root(cov2)).sum()  # tr (C1 C2)^(1/2)
     return max(0.0, ((mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * root).item())
 
-
-# --------------------------------------------------------------- features
 
 class Inception:
     """NVIDIA's TorchScript Inception. UserError if the file is something else."""
@@ -92,7 +88,7 @@ class Inception:
             self.net = torch.jit.load(str(path), map_location=device).eval()
             probe = self.features(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
             if probe.shape != (2, self.dimension):
-                raise ValueError(f"{list(probe.shape)} for 2 images, not 2048 features each")
+                raise ValueError(f"{list(probe.shape)} for 2 images")
 
     @torch.no_grad()
     def features(self, x: Tensor, batch: int = 64) -> Tensor:
@@ -102,7 +98,7 @@ class Inception:
 
 
 class Classifier(nn.Module):
-    """A small convnet for images of `shape` (C, H, W), 16 pixels or more: about 125 000 weights."""
+    """A small convnet for images of `shape` (C, H, W), 16 pixels or more."""
     name, dimension = "FD (our classifier)", 64
 
     def __init__(self, shape, classes: int):
@@ -140,19 +136,16 @@ def train_classifier(x: Tensor, label: Tensor, classes: int, seed: int = 0, epoc
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.01)
     orders = [torch.randperm(len(x), generator=generator("classifier", seed, epoch)) for epoch in range(epochs)]
     batches = [rows for order in orders for rows in order.split(128)]
-    right = torch.zeros((), dtype=torch.long, device=device)
     for step, rows in enumerate(run.bar(batches, "classifier", len(batches))):
         optimizer.param_groups[0]["lr"] = learning_rate(3e-3, step, len(batches), len(batches) // 10, "cosine")
-        target = label[rows].to(device)
-        logits = net(images.to_float(x[rows].to(device)))
-        loss = F.cross_entropy(logits, target)
+        loss = F.cross_entropy(net(images.to_float(x[rows].to(device))), label[rows].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step >= len(batches) - len(batches) // epochs:  # the last epoch
-            right += (logits.argmax(1) == target).sum()
-    print(f"classifier: {right.item() / len(x):.1%} of its last epoch right, seed {seed}")
-    return net.requires_grad_(False).eval()
+    net.requires_grad_(False).eval()
+    right = net(images.to_float(x[:1000].to(device))).argmax(1).cpu() == label[:1000]
+    print(f"classifier: {right.double().mean():.1%} of its first 1000 images right, seed {seed}")
+    return net
 
 
 def save_classifier(path, net: Classifier) -> None:
@@ -177,8 +170,6 @@ def extractor(path, device="cpu") -> Inception | Classifier:
     return Inception(path, device) if script else load_classifier(path).to(device)
 
 
-# ----------------------------------------------------------- command line
-
 @dataclass
 class Flags:
     """Of the command"""
@@ -189,13 +180,13 @@ class Flags:
     device: str = flag("auto", "auto, cpu, cuda or mps")
 
 
-CONFLICTS = [(lambda f: not f.images or not f.ref, "--images and --ref: say what to measure, and what to compare with")]
+CONFLICTS = [(lambda f: not f.images or not f.ref, "--images and --ref: both are needed")]
 
 
 def gaussian(path: str, net) -> tuple[Tensor, Tensor, float, torch.Size | None]:
-    """mu [d], cov [d, d], of how many images, of which size; of an npz of statistics inf and None.
+    """mu [d], cov [d, d], of how many images, of which size; of statistics inf and None.
 
-    ADM's files hold images and statistics, which are of far more images, but the Inception's alone."""
+    ADM's files hold both: the statistics are of far more images, but the Inception's alone."""
     if path.endswith(".npz"):
         with images.reading(path), np.load(path) as f:
             if "mu" in f and (f["mu"].shape == (net.dimension,) or "arr_0" not in f):
@@ -217,8 +208,7 @@ def main(argv=None):
     if size and other and size != other:
         raise UserError(f"--images of {list(size)} pixels, --ref of {list(other)}")
     if min(n, of) < net.dimension:
-        few = f"warning: {min(n, of):,} images for {net.dimension:,} features: the distance comes out too large"
-        print(few, file=sys.stderr)
+        print(f"warning: {min(n, of):,} images for {net.dimension:,} features: too large a distance", file=sys.stderr)
     with images.reading(f.ref):
         distance = frechet_distance(mu1, cov1, mu2, cov2)
     print(f"{net.name}: {distance:.4g} ({n:,} images against {f.ref})")

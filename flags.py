@@ -24,11 +24,13 @@ class UserError(Exception):
 
 
 def said(error: BaseException) -> str | None:
-    """What to tell of an error that is the user's or the machine's; None of one that is ours."""
+    """The line for a user's or machine's error; None: it is ours."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-        return "the memory is full; --micro-batch N takes N samples at a time, with the same result"
+        return "the memory is full; --micro-batch N takes N samples at a time"
+    if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+        return f"another rank stopped, and says why itself: {error}"
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename else str(error)
     if isinstance(error, (json.JSONDecodeError, zipfile.BadZipFile)):
@@ -86,7 +88,7 @@ def typed(cls, field) -> str:
 
 def option(name: str) -> str:
     """adm_steps -> --adm-steps; a symbol keeps its paper's spelling: --P_mean."""
-    return "--" + (name if name[0].isupper() or name.startswith("S_") else name.replace("_", "-"))
+    return "--" + (name if name[0].isupper() else name.replace("_", "-"))
 
 
 def values(group, *names: str) -> dict:
@@ -96,7 +98,7 @@ def values(group, *names: str) -> dict:
 
 
 def settings(flags, group: str, uses: dict) -> dict:
-    """What determines a stage's result: the values of its own group, and of uses {name: "dm.warmup", where it is}."""
+    """What determines a stage's result: values of its own group and of uses {name: "dm.warmup", where it is}."""
     own = values(vars(flags)[group]) if group in vars(flags) else {}
     return own | {name: operator.attrgetter(path)(flags) for name, path in uses.items()}
 
@@ -121,7 +123,7 @@ def _kind(hint) -> dict:
     if hint is Bins:
         return dict(type=int, nargs=2, metavar=("LOW", "HIGH"))
     if typing.get_origin(hint) is tuple:  # words in one argument: split,reg
-        return dict(type=lambda text: tuple(word.strip() for word in text.split(",")))
+        return dict(type=lambda text: tuple(text.split(",")))
     return dict(type=inner[0], nargs="+") if inner else dict(type=hint)
 
 
@@ -131,7 +133,7 @@ def _wrong(value, choices=(), low=None, below=math.inf, pattern="", **other) -> 
         if choices and v not in choices:
             return f"{v}: no such choice{near(str(v), choices)} (one of {', '.join(map(str, choices))})"
         if low is not None and not low <= v < min(below, 2 ** 62):
-            return f"{v}: must be at least {low}" + (f" and below {below}" if below < math.inf else "")
+            return f"{v}: must be at least {low}, and below {below}"
     if pattern and not re.fullmatch(pattern, value):
         return f"{value[:80]}: must match {pattern}"
     if isinstance(value, Bins) and not 0 <= value.low <= value.high <= 999:

@@ -1,9 +1,8 @@
 """Image files of every form -> uint8 images [N, C, H, W] and labels [N]. Skip this file on first reading.
 
 Fashion-MNIST's IDX files; CIFAR-10's binary version and torchvision's folder; for any dataset EDM's zip with
-dataset.json, class folders, and ImageNet's official downsampled batches (npz) with map_clsloc.txt beside them. The last
-three are decoded once, into OUT/data: a damaged image is found before training begins, and a GPU is fed without
-workers. `read` takes what fid.py compares.
+dataset.json, class folders, and ImageNet's official batches (npz) with map_clsloc.txt beside them. The last three are
+decoded once, into OUT/data: a damaged image is found before training begins, and a GPU is fed without workers.
 """
 import contextlib
 import gzip
@@ -25,7 +24,7 @@ from torch.nn import functional as F
 import run
 from flags import UserError
 
-Pair = tuple[Tensor, Tensor]  # x [N, C, H, W] and label [N]
+Pair = tuple[Tensor, Tensor]  # x [..., C, H, W] and label [...]
 MODES = {"1": "L", "L": "L", "LA": "L", "RGB": "RGB", "RGBA": "RGB", "P": "RGB", "CMYK": "RGB"}  # PIL clips 16 bits
 
 
@@ -41,17 +40,15 @@ def to_uint8(x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def reading(path):
-    """What fails inside is the file's fault: a UserError, as PIL, numpy, gzip, zipfile, torch raise dozens of types."""
+    """What fails inside is the file's fault, a UserError: PIL, numpy, zipfile, torch raise dozens of types."""
     try:
         yield
     except (UserError, FileNotFoundError):
         raise
     except Exception as error:
-        what = ascii(f"{type(error).__name__}: {error}"[:200])[1:-1]  # printable, whatever a hostile file says
+        what = ascii(f"{type(error).__name__}: {error}")[1:-1][:200]  # printable, whatever a hostile file says
         raise UserError(f"{path}: damaged, or not what is wanted here ({what})") from None
 
-
-# ------------------------------------------ readers: (folder, split) -> Pair
 
 def _idx_pair(folder: Path, split: str) -> Pair:
     stem = folder / ("train" if split == "train" else "t10k")
@@ -126,7 +123,7 @@ def _files(path: Path):
                 return archive.read(name)
     pictures = [n for n in names if n.lower().endswith((".png", ".jpg", ".jpeg")) and "/." not in f"/{n}"]
     if not pictures:
-        raise UserError(f"{path}: no .png or .jpg in it, nor another form of docs/images.md")
+        raise UserError(f"{path}: no .png or .jpg in it (docs/images.md)")
     return pictures, read_file
 
 
@@ -150,14 +147,12 @@ def _pixels(path: Path, names: list[str], read_file) -> Tensor:
     return torch.from_numpy(out)
 
 
-# --------------------------------------------------------- what is read where
-
-USUAL = {  # without --data; Debian: apt-get install dataset-fashion-mnist
+USUAL = {  # without --data
     "fashion-mnist": ("data/fashion-mnist", "data", "~/data", "/usr/share/datasets/fashion-mnist"),
     "cifar10": ("data", "data/cifar10", "~/data"),
     "imagenet64": ("data/imagenet64", "data/imagenet64.zip", "data/imagenet-64x64.zip"),
 }
-FORMS = [  # (dataset, a file that tells a form of its own, its reader); the rest is decoded
+FORMS = [  # (dataset, a file that tells a form of its own, its reader (folder, split) -> Pair); the rest is decoded
     ("fashion-mnist", "train-images-idx3-ubyte*", _idx_pair),
     ("fashion-mnist", "FashionMNIST/raw/train-images-idx3-ubyte*", _idx_pair),
     ("cifar10", "data_batch_1.bin", _cifar),
@@ -169,7 +164,7 @@ FORMS = [  # (dataset, a file that tells a form of its own, its reader); the res
 def splits(known, given: str, cache: Path) -> dict[str, Pair]:
     """{"train": (x, label)}, often also "test", from the path `given` or, if it is "", the usual places.
 
-    known: data.Facts; cache: where decoded images go. UserError if there are none, or others than `known` says."""
+    known: data.Facts; cache: a folder for decoded images. UserError if there are none, or others."""
     name, places = known.name, [Path(p).expanduser() for p in ([given] if given else USUAL[known.name])]
     decode = bool(given) or name == "imagenet64"  # elsewhere a folder such as data/ may hold anything
     for place in places:
@@ -188,7 +183,7 @@ def splits(known, given: str, cache: Path) -> dict[str, Pair]:
 
 
 def _cached(reader, cache: Path, place: Path, split: str) -> Pair:
-    """reader(place, split), from a memory-mapped file if that was done before."""
+    """reader(place, split), memory-mapped; done once."""
     target = cache.with_name(f"{cache.name}-{split}.pt")
     files = [p.stat() for p in (place, *place.rglob("*")) if p.is_file()]
     about = [str(place.resolve()), len(files), sum(s.st_size for s in files), sum(s.st_mtime_ns for s in files)]
@@ -213,7 +208,7 @@ def _fitted(known, place: Path, reader, parts=("train", "test")) -> dict[str, Pa
         lowest, highest = label.aminmax()
         if x.shape != (len(label), *known.shape) or lowest < 0 or highest >= known.classes:
             raise UserError(f"{place}: images {list(x.shape)}, {len(label)} labels from {lowest} to {highest}; "
-                            f"{known.name} needs {list(known.shape)}, from 0 to {known.classes - 1}")
+                            f"{known.name}: {list(known.shape)}, from 0 to {known.classes - 1}")
         out[split] = x, label
     return out
 
@@ -221,19 +216,19 @@ def _fitted(known, place: Path, reader, parts=("train", "test")) -> dict[str, Pa
 def read(path) -> Tensor:
     """uint8 images [N, C, H, W], C = 1 or 3. UserError on anything else.
 
-    path: npz with arr_0 [N, H, W, C], a folder of PNG or JPEG, or one of a run with one samples.pt (x [N, C, H, W])."""
+    path: npz with arr_0 [N, H, W, C], folder of PNG or JPEG, or of a run with one samples.pt (x [N, C, H, W])."""
     path = Path(path)
     samples = [p for p in sorted(path.rglob("samples.pt")) if "reference" not in p.relative_to(path).parts]
     if len(samples) > 1:
-        raise UserError(f"{path}: samples of several stages; give one: {', '.join(str(p.parent) for p in samples)}")
+        raise UserError(f"{path}: several samples.pt; give one of {', '.join(str(p.parent) for p in samples)}")
     with reading(path):
         if samples:
             x = run.load_tensors(samples[0])["x"]
         elif path.is_dir():
-            x = torch.from_numpy(_pixels(path, *_files(path), partial(np.empty, dtype=np.uint8)))
+            x = _pixels(path, *_files(path))
         else:
             with np.load(path) as f:
                 x = torch.from_numpy(f["arr_0"]).movedim(-1, 1)
     if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] not in (1, 3):
-        raise UserError(f"{path}: uint8 images, grey or RGB, are needed; it holds {x.dtype} {list(x.shape)}")
+        raise UserError(f"{path}: uint8 images, grey or RGB, are needed, not {x.dtype} {list(x.shape)}")
     return x.clone(memory_format=torch.contiguous_format)  # .contiguous() leaves odd strides where C = 1

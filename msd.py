@@ -97,11 +97,10 @@ CONFLICTS = [  # (is it so?, what to say): each would give a silently wrong numb
     (lambda f: f.dm.dm_weight > 0 and not f.dm.fake_bins.low <= f.dm.bins.low <= f.dm.bins.high <= f.dm.fake_bins.high,
      "--bins: reach beyond --fake-bins, where the fake denoiser never trains"),
     (lambda f: "dm" in f.order() and f.dm.dm_weight > 0 and dmd.first_kl_step(f.dm) >= f.dm.steps,
-     "--reg-warmup {f.dm.reg_warmup}: must be below --steps {f.dm.steps}, or the KL term never sets in (for regression "
-     "alone: --dm-weight 0)"),
+     "--reg-warmup: below --steps, or the KL term never sets in (regression alone: --dm-weight 0)"),
     (lambda f: f.dm.distance == "lpips" and facts_of(f).stacked, "--distance lpips: needs images; take l2 or mse"),
     (lambda f: not facts_of(f).stacked and min(f.dm.pairs, f.dm.select_samples) < 2 * facts_of(f).classes,
-     "--pairs and --select-samples: at least two per class, which needs a mean and a covariance"),
+     "--pairs and --select-samples: at least two per class, for a covariance"),
     *teacher.CONFLICTS,
 ]
 
@@ -144,12 +143,10 @@ def stages_of(flags: Flags) -> list[tuple]:
 # ----------------------------------------------------------------- who has what, and who answers
 
 def partition(classes: int, K: int, how: str = "consecutive", embeddings: Tensor | None = None, seed: int = 0):
-    """[Y_1, …, Y_K], sorted, disjoint and covering [MSD Sec. 3.1].
+    """[Y_1, …, Y_K], sorted, disjoint and covering [MSD Sec. 3.1]. UserError if K is out of range, or a part empty.
 
-    consecutive: blocks in numerical order, the paper's choice for ImageNet [MSD Sec. 4.1]; random: of a permutation;
-    kmeans: clusters of the conditions' embeddings [classes, d], of unequal sizes [MSD App. B.1]; quadrant: signs of
-    their first two entries, the paper's rule for text [MSD Sec. 4.2]; else a file. UserError if K is out of range, a
-    part empty."""
+    consecutive: blocks in numerical order [MSD Sec. 4.1]; random: of a permutation; kmeans: clusters of the conditions'
+    embeddings [classes, d], of unequal sizes [MSD App. B.1]; quadrant: for text [MSD Sec. 4.2]; else a file."""
     if not 1 <= K <= classes:
         raise UserError(f"--students {K}: from 1 to {classes}, the number of classes")
     if how == "consecutive":
@@ -276,8 +273,7 @@ def route(students: Students, router: Router, z: Tensor, label: Tensor) -> Tenso
 def generate(folder, label: Tensor, seeds) -> Tensor:
     """One-step samples x [B, *shape] of the classes label [B] (of toy-prompts also embeddings [B, d]).
 
-    seeds: B integers; a seed is a latent, whatever else is in the batch. folder: runs/toy/seed0/students8, or what
-    `load_students` returned. UserError for a class that the run does not have."""
+    seeds: B integers; each is a latent, whatever else is in the batch. folder: runs/toy/seed0/students8, or Students."""
     students = (folder if isinstance(folder, Students) else load_students(folder)).to(label.device)
     z = common.latents(seeds, students.facts.shape).to(label.device)
     return route(students, router_of(students), z, label)
@@ -310,9 +306,7 @@ def samplers(flags: Flags, device):
 
 
 def bound(flags: Flags, given: teacher.Given, device) -> dict:
-    """What a perfect f of CD gives: the distances of the N-point Heun sampler's own samples. Made once and kept.
-
-    A bound in that sense only: an f whose modes are by chance a little narrower can come nearer to the teacher."""
+    """What a perfect f of CD gives: the distances of the N-point Heun sampler's own samples. Made once and kept."""
     facts, N, m = given.facts, flags.cd.points, given.facts.metric
     judged = "" if facts.stacked else run.suffix(Path(flags.run.features).stem or "classifier")
     path = Path(flags.run.out) / f"seed{given.seed}" / "reference" / f"bound-{N}{judged}.json"
@@ -353,17 +347,17 @@ def report(flags: Flags, inputs: dict, parts: dict, device) -> int:
         configs[stage.NAME] = {**first.ancestry, **settings(flags, stage.NAME, stage.USES), **own}
     size = flags.student_size or flags.teacher.size or facts.sizes[0]
     results = evaluate.results_of(flags.run, inputs, rows, edm.evaluations(flags.teacher.sampler_steps), size=size,
-                                  parameters=weights(facts.net, size), classes_of_data=facts.classes,
+                                  parameters=weights(facts, size), classes_of_data=facts.classes,
                                   configs=configs, **more)
     path = Path(flags.run.out) / f"results{run.suffix(tag_of(flags))}.json"
     evaluate.report(path, results, evaluate.verdicts(results))
     return 0
 
 
-def weights(make, *args) -> int:
+def weights(facts: data.Facts, size) -> int:
     """Number of weights of a network, which is made without its memory."""
     with torch.device("meta"):
-        return sum(p.numel() for p in make(1, *args).parameters())
+        return sum(p.numel() for p in facts.net(1, size).parameters())
 
 
 def title(flags: Flags) -> str:
@@ -375,24 +369,21 @@ def title(flags: Flags) -> str:
 
 def plan(flags: Flags) -> int:
     """--dry-run: every value with its source, parameters, memory and ranks; without data or weights."""
-    facts, stages = facts_of(flags), {*flags.order()}
-    t, s = weights(facts.net, flags.teacher.size), weights(facts.net, flags.student_size or flags.teacher.size)
-    fake = {"mu_fake": t} if stages & {"dm", "adm"} else {}
-    if "adm" in stages:
-        fake["head"] = weights(lambda _: adm.Head(facts.net(1, flags.teacher.size).bottleneck, [0]))
-    trained = s + sum(fake.values())
-    held = {"teacher": t, "G": s, **fake, "averages": 2 * s, "gradients": trained, "AdamW": 2 * trained}
+    facts, evaluations = facts_of(flags), edm.evaluations(flags.teacher.sampler_steps)
+    t, s = weights(facts, flags.teacher.size), weights(facts, flags.student_size or flags.teacher.size)
+    fake = t if {"dm", "adm"} & {*flags.order()} else 0
+    held = {"teacher": t, "G": s, "averages": 2 * s, "mu_fake": fake, "gradients": s + fake, "AdamW": 2 * (s + fake)}
     print(title(flags) + "\n" + describe(flags))
     for K in flags.students:
         print(f"K = {K}: {K * s:,} parameters, of which a sample uses {s:,}; " + (
-            "one stack on all ranks" if facts.stacked else f"{K} ranks: one a student; {2 * K}: two a student, that "
-            "share its batch; fewer: students in turn"))
+            "one stack on all ranks" if facts.stacked else f"{K} ranks: one a student; {2 * K}: two a student, that share "
+            "its batch; fewer: students in turn"))
         if flags.partition == "consecutive":
             print("  classes " + " | ".join(f"{Y_k[0]}-{Y_k[-1]}" for Y_k in partition(facts.classes, K)))
-    print(f"memory of a student's rank, without activations: {sum(held.values()) * 4 / 2 ** 30:.2f} GiB in float32 ("
-          + ", ".join(f"{k} {v * 4 / 2 ** 30:.2f}" for k, v in held.items()) + ")")
-    print(f"pairs: {flags.dm.pairs:,} times {edm.evaluations(flags.teacher.sampler_steps)} evaluations of the teacher "
-          f"({t:,} parameters)")
+    gib = {name: n * 4 / 2 ** 30 for name, n in held.items()}
+    print(f"memory of a student's rank, without activations: {sum(gib.values()):.2f} GiB in float32 ("
+          + ", ".join(f"{name} {v:.2f}" for name, v in gib.items()) + ")")
+    print(f"pairs: {flags.dm.pairs:,} times {evaluations} evaluations of the teacher, {t:,} parameters")
     return 0
 
 

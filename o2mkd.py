@@ -1,21 +1,21 @@
 """One-to-many knowledge distillation: one teacher, N small students, each at home in a range of noise levels [O2MKD].
 
-[Ma and Zhang 2024, arXiv 2410.04191]; msd.py splits the classes instead. The sampler keeps its many steps and passes from
-student to student: an evaluation costs one student, however many there are.
+[Ma and Zhang 2024, arXiv 2410.04191]; msd.py splits the classes instead. The sampler keeps its many steps and passes
+from student to student: an evaluation costs one student, however many there are.
 
   ranges of the noise levels, their owners   [O2MKD Sec. O2MKD]       ranges, Router, routed
   own range with probability p, else all     [O2MKD Eq. 4, Eq. 5]     draw_bins
   denoising loss + lambda KD                 [O2MKD Eq. 2, Eq. 3]     o2mkd_loss
   KD by features [Zagoruyko 2017], [Tung and Mori 2019], [Tian 2020]  FEATURE_LOSSES
   students merged into one                   [Ilharco 2023]           merge
-  both ideas: blocks of classes x ranges     in neither paper         --ranges
+  blocks of classes x ranges                 in neither paper         --ranges
 
 Departures from the paper, whose formulas and most numbers are not in its text
- 1. Timesteps are edm.sigma_bins, losses EDM's (of D, weighted by lambda(sigma)), samplers Heun's and its first order, DDIM;
-    networks know the class. p, lambda and N were chosen on the toy's seed 0, one of the five reported.
- 2. Small students start from random weights, alike within a seed: which of the teacher's the paper keeps is not stated.
- 3. Features are the bottleneck's. Contrastive KD: the batch for a memory bank. Attention: the norm squared; ToyNet's units
-    for positions. Narrow U-Nets keep widths fit for group norms, and may lose attention.
+ 1. Timesteps are edm.sigma_bins, losses EDM's, samplers Heun's and its first order, DDIM; networks know the class.
+    p, lambda and N were chosen on the toy's seed 0, one of the five reported.
+ 2. Small students start from random weights, alike within a seed: which of the teacher's to keep is not stated.
+ 3. Features are the bottleneck's. Contrastive KD: the batch for a memory bank. Attention: the norm squared; ToyNet's
+    units for positions. Narrow U-Nets keep widths fit for group norms, and may lose attention.
 
 Run      python o2mkd.py --dataset toy --students 1 4 --merge
 GPUs     torchrun --nproc-per-node 4 o2mkd.py --dataset imagenet64 --students 4
@@ -24,7 +24,6 @@ import copy
 import re
 import sys
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -49,7 +48,7 @@ from students import Start, distil, load_network, one_of, random_start, start_fr
 NAME, BY = "o2mkd", ""  # no best checkpoint is chosen: the last average is kept
 USES = {name: name for name in ("p", "kd", "steps", "batch", "lr", "decay", "ema")}
 BINS = 1000  # noise levels: edm.sigma_bins
-# lambda of each KD, chosen on the toy's seed 0 among 1, 4; 1, 10; 30, 300; 0.03, 0.3
+# lambda, chosen on the toy's seed 0 among 1, 4; 1, 10; 30, 300; 0.03, 0.3
 LAMBDA = {"prediction": 1.0, "attention": 1.0, "similarity": 30.0, "contrastive": 0.03}
 
 
@@ -67,8 +66,8 @@ class Flags:
     kd_weight: float = flag(-1.0, "lambda, weight of KD; 0 = none; -1 = LAMBDA's", low=-1)
     keep: float = flag(0.5, "share of the teacher's channels that students keep", low=0)
     student_size: str = flag("", "their size by name, in the place of --keep", choices=("", "B", "S", "XS", "XXS"))
-    init: str = flag("", "start: o2mkd1 or o2mkd1-TAG, one student for all levels; none = the teacher if it fits, or "
-                         "random weights", pattern=r"(o2mkd1(-[\w.-]+)?)?")
+    init: str = flag("", "start from o2mkd1 or o2mkd1-TAG, one student for all levels; none = the teacher's weights "
+                         "or random ones", pattern=r"(o2mkd1(-[\w.-]+)?)?")
     steps: int = flag(4000, "updates of every student", low=1)
     batch: int = flag(256, "batch per student", low=1)
     lr: float = flag(1e-2, "learning rate (AdamW)", low=0)
@@ -76,7 +75,7 @@ class Flags:
     ema: float = flag(0.998, "decay of the average of the weights", low=0, below=1)
     sampler: str = flag("heun", "of teacher and students in the table", choices=tuple(edm.SAMPLERS))
     merge: bool = flag(False, "also merge the N students into one")
-    inspect: int = flag(-1, "also this student alone, and with the teacher outside its range", low=-1)
+    inspect: int = flag(-1, "also student k alone, and with the teacher outside its range", low=-1)
     curve: list[int] = flag([], "also sample in these numbers of steps, by both samplers", low=2)
 
     @property
@@ -97,15 +96,16 @@ class Flags:
 LONG = dict(steps=200_000, batch=512, decay="constant")
 PRESETS = {"run": run.PRESETS, "teacher": edm.PRESETS, "": {
     ("toy", "smoke"): dict(steps=12, batch=16),
-    ("fashion-mnist", "default"): dict(steps=1500, batch=64, lr=2e-3), ("fashion-mnist", "smoke"): dict(steps=4, batch=4),
+    ("fashion-mnist", "default"): dict(steps=1500, batch=64, lr=2e-3),
+    ("fashion-mnist", "smoke"): dict(steps=4, batch=4),
     ("cifar10", "default"): dict(LONG, lr=1e-3, ema=0.9993), ("cifar10", "smoke"): dict(steps=2, batch=2),
-    ("imagenet64", "default"): dict(LONG, lr=1e-4, ema=0.9999), ("imagenet64", "paper"): dict(LONG, lr=1e-4, ema=0.9999)}}
+    ("imagenet64", "default"): dict(LONG, lr=1e-4, ema=0.9999)}}
+PRESETS[""]["imagenet64", "paper"] = PRESETS[""]["imagenet64", "default"]
 CONFLICTS = [  # (is it so?, what to say)
     (lambda f: f.ranges and any(N % f.ranges for N in f.students),
-     "--ranges {f.ranges}: of each block of classes; --students must be multiples of it"),
+     "--ranges {f.ranges}: --students must be multiples of it"),
     (lambda f: f.kd in FEATURE_LOSSES and (f.teacher.which == "exact" or f.teacher.cfg != 1),
      "--kd {f.kd}: the closed form has no features, and --cfg guides predictions alone"),
-    (lambda f: f.inspect >= 0 and f.ranges, "--inspect: a student for all classes; no --ranges"),
     *teacher.CONFLICTS,
 ]
 
@@ -120,10 +120,10 @@ def ranges(number: int, scheme: str = "uniform") -> list[int]:
     place = [i / number for i in range(number + 1)]
     power = {"uniform": place, "small": [u * u for u in place], "large": [1 - (1 - u) ** 2 for u in place]}
     edges = [round(BINS * u) for u in power.get(scheme, [0])] + [int(n) + 1 for n in re.findall(r"-(\d+)", scheme)]
-    bins = ",".join(f"{a}-{b - 1}" for a, b in pairwise(edges))
+    bins = ",".join(f"{a}-{b - 1}" for a, b in zip(edges, edges[1:]))
     if scheme not in (*power, bins) or edges != sorted({*edges}) or (len(edges), edges[-1]) != (number + 1, BINS):
-        raise UserError(f"--scheme {scheme}: give {', '.join(power)}, or {number} ranges that cover the bins 0 to {BINS - 1} once, "
-                        f"none empty: 0-99,100-{BINS - 1}")
+        raise UserError(f"--scheme {scheme}: not {number} ranges, none empty, that cover the bins once, as 0-99,100-{BINS - 1} "
+                        f"does, nor one of {', '.join(power)}")
     return edges
 
 
@@ -138,14 +138,14 @@ class Router:
         self.of_class = msd.Router(parts) if len(parts) > 1 else None
 
     def __call__(self, sigma: Tensor, label: Tensor | None = None) -> Tensor:
-        """Student index [...] for sigma [...] and label [...]."""
+        """k [...] of sigma [...] and label [...]."""
         k = torch.bucketize(sigma.float(), self.bounds.to(sigma.device), right=True)
         return k + (len(self.edges) - 1) * self.of_class(label) if self.of_class else k
 
 
 def routed(denoisers: list, router: Router):
-    """The denoiser (x, sigma, label) -> D that asks each sample's own student; the teacher in the place of some makes the
-    paper's hybrid (FID2)."""
+    """The denoiser (x, sigma, label) -> D that asks each sample's own student; the teacher in the place of some makes
+    the paper's hybrid (FID2)."""
     def denoise(x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
         k = router(sigma, label)
         owners = k.unique().tolist()
@@ -159,8 +159,8 @@ def routed(denoisers: list, router: Router):
 
 
 def draw_bins(batch, low: Tensor, high: Tensor, p: float) -> Tensor:
-    """Noise bins [M, b]: with probability p, tossed per student and update, uniform on its own low … high - 1, else on all
-    [O2MKD Eq. 4, Eq. 5]: a range that holds the share m of the bins is drawn p + (1 - p) m of the time. low, high [M]."""
+    """Noise bins [M, b]: with probability p, tossed per student and update, uniform on its low … high - 1 [M], else on
+    all [O2MKD Eq. 4, Eq. 5]. A range that holds the share m of the bins is drawn p + (1 - p) m of the time."""
     own = batch.once("own")[:, None] < p  # [M, 1]
     low, high = torch.where(own, low[:, None], 0), torch.where(own, high[:, None], BINS)
     return torch.minimum((low + batch.uniform("sigma") * (high - low)).long(), high - 1)  # rounding up at the end
@@ -174,22 +174,21 @@ def pooled(h: Tensor) -> Tensor:
 
 
 def attention_loss(h: Tensor, h_teacher: Tensor) -> Tensor:
-    """||A(h) - A(h_teacher)||^2, batch mean [M]; A: mean squares of h [M, b, C, H, W] over C, of norm 1; of h [M, b, C]: per
-    unit [Zagoruyko and Komodakis 2017, Eq. 2]."""
-    squares = [v.square().mean(-3).flatten(-2) if v.ndim > 3 else v.square() for v in (h, h_teacher)]
+    """||A(h) - A(h_teacher)||^2 [M] [Zagoruyko and Komodakis 2017, Eq. 2]; A, of norm 1: mean squares over the channels
+    of h [M, b, C, H, W], squares of h [M, b, C]."""
+    squares = (v.square().mean(-3).flatten(-2) if v.ndim > 3 else v.square() for v in (h, h_teacher))
     a, b = (F.normalize(v, dim=-1) for v in squares)
     return (a - b).square().sum(-1).mean(-1)
 
 
 def similarity_loss(h: Tensor, h_teacher: Tensor) -> Tensor:
-    """||S(h) - S(h_teacher)||_F^2 / b^2 [M]; S: the batch's inner products, rows of norm 1 [Tung and Mori 2019, Eq. 4]."""
+    """||S(h) - S(h_teacher)||_F^2 / b^2 [M] [Tung and Mori 2019, Eq. 4]; S: the batch's products, rows of norm 1."""
     f, g = h.flatten(2), h_teacher.flatten(2)  # [M, b, features]: any two widths
     return (F.normalize(f @ f.mT, dim=-1) - F.normalize(g @ g.mT, dim=-1)).square().mean((-2, -1))
 
 
 def contrastive_loss(h: Tensor, h_teacher: Tensor, temperature: float = 0.1) -> Tensor:
-    """Does a feature tell its own sample among the teacher's? Cross-entropy [M] over cosines, less the teacher's [Tian 2020]:
-    equal features give 0; a student can be below."""
+    """Do features tell their sample among the teacher's [Tian 2020]? Cross-entropy [M] of cosines, less its own."""
     s, t = (F.normalize(pooled(v), dim=-1) for v in (h, h_teacher))
     gain = (s @ t.mT / temperature).log_softmax(-1) - (t @ t.mT / temperature).log_softmax(-1)
     return -gain.diagonal(dim1=-2, dim2=-1).mean(-1)
@@ -199,8 +198,8 @@ FEATURE_LOSSES = {"attention": attention_loss, "similarity": similarity_loss, "c
 
 
 class Projection(nn.Module):
-    """A linear layer per student, trained beside it, from its features to the teacher's width [Romero 2015]; none where they
-    are equal, or this KD takes any two. Students of a seed start alike."""
+    """A linear layer per student, trained beside it, from its features to the teacher's width [Romero 2015]; nothing
+    where this KD takes any two widths. Students of a seed start alike."""
 
     def __init__(self, kd: str, students: list[Student], inside: tuple, outside: tuple):
         super().__init__()
@@ -213,9 +212,9 @@ class Projection(nn.Module):
         return h if self.weight is None else torch.bmm(pooled(h), self.weight)
 
 
-def o2mkd_loss(student, teacher, x: Tensor, label: Tensor, sigma: Tensor, noise: Tensor, lam: float, kd: str = "prediction",
-               project=nn.Identity()) -> tuple[Tensor, dict]:
-    """Denoising loss + lambda KD of data x [M, b, *shape], batch mean [M] [O2MKD Eq. 2, Eq. 3]; and its parts, detached.
+def o2mkd_loss(student, teacher, x: Tensor, label: Tensor, sigma: Tensor, noise: Tensor, lam: float,
+               kd: str = "prediction", project=nn.Identity()) -> tuple[Tensor, dict]:
+    """Denoising loss + lambda KD of data x [M, b, *shape], batch mean [M] [O2MKD Eq. 2, Eq. 3]; its parts, detached.
 
     teacher: frozen, and not asked if lambda is 0. Beside features, "prediction" is watched only."""
     x_t = x + edm.like(sigma, x) * noise
@@ -244,7 +243,7 @@ def train(run, flags, task) -> dict:
     """Train the stack task.G on task.real, each student at home in its range; {file: the weights to keep in it}."""
     G, kd, mu_teacher, project = task.G, flags.kd, task.teacher, nn.Identity()
     if kd in ("similarity", "contrastive") and (len(run.slices) > 1 or run.ranks.size > 1):
-        raise UserError(f"--kd {kd} relates all samples of a batch: no --micro-batch, at most one rank per student")
+        raise UserError(f"--kd {kd} relates all samples of a batch: no --micro-batch, one rank per student")
     if kd in FEATURE_LOSSES:
         mu_teacher = task.D
         project = Projection(kd, run.students, G.net.bottleneck, mu_teacher.net.bottleneck).to(task.device)
@@ -263,7 +262,7 @@ def train(run, flags, task) -> dict:
         opt.step(step, learning_rate(flags.lr, step, flags.steps, edm.WARMUP, flags.decay))
         average.update(step)
         if (step + 1) % 20 == 0 or step == 0:
-            run.log(step + 1, **parts)  # of this one batch: how steady is it?
+            run.log(step + 1, **parts)  # of one batch: how steady is it?
         run.save(step + 1, state)
     return {"start.pt": start, "ema.pt": average.now}
 
@@ -276,7 +275,7 @@ def folder_of(flags, seed: int, N: int) -> Path:
 
 
 def size_of(flags, facts: data.Facts, teacher_size):
-    """The students': --student-size, or the teacher's with --keep of its channels."""
+    """--student-size, or the teacher's with --keep of its channels."""
     return flags.student_size or (teacher_size if flags.keep == 1 else facts.narrowed(teacher_size, flags.keep))
 
 
@@ -310,7 +309,7 @@ class Students:
 
 
 def load_students(folder) -> Students:
-    """Read a folder of trained students (runs/toy/seed0/o2mkd4); OSError if it holds none."""
+    """Of a folder such as runs/toy/seed0/o2mkd4; OSError if there are none."""
     folder = Path(folder)
     first = folder if (folder / "ema.pt").exists() else folder / "student0"
     start, about = load_network(first / "start.pt"), run.load_json(first / "config.json")
@@ -340,10 +339,8 @@ def merge_folders(folders: list, c: float | None = None) -> edm.Precond:
 # ----------------------------------------------- probes of the claims
 
 def steadiness(folder: Path) -> dict:
-    """{loss: {"fall", "variation"}} of a folder's training curves [O2MKD Fig. 9], means over students.
-
-    fall: from the first to the last twentieth, relative; variation: standard deviation over mean within each of the last
-    five tenths, where a fall does not count."""
+    """{loss: {"fall", "variation"}} of a folder's training curves [O2MKD Fig. 9]: from the first twentieth to the last;
+    standard deviation over mean within a tenth, of the last five. Means over students."""
     out = {}
     for name, curves in read_metrics(folder).items():
         found = []
@@ -356,11 +353,11 @@ def steadiness(folder: Path) -> dict:
 
 
 @torch.no_grad()
-def inside_outside(D, teacher, own: list[int], x: Tensor, label: Tensor, seed: int) -> dict:
-    """Losses of a student on data x [1, n, *shape], at its own bins [low, high) and at the others [O2MKD Table 7]."""
+def inside_outside(D, teacher, router: Router, k: int, x: Tensor, label: Tensor, seed: int) -> dict:
+    """Losses of student k on data x [1, n, *shape], at levels of its own range and at the others [O2MKD Table 7]."""
     g, bins, out = generator(seed, "inside"), torch.arange(BINS), {}
-    inside = (bins >= own[0]) & (bins < own[1])
-    for where, there in (("in", bins[inside]), ("out", bins[~inside])):
+    own = router(level(bins)) == k
+    for where, there in (("in", bins[own]), ("out", bins[~own])):
         sigma = level(there[torch.randint(len(there), x.shape[:2], generator=g)]).to(x.device)
         _, parts = o2mkd_loss(D, teacher, x, label, sigma, torch.randn(x.shape, generator=g).to(x.device), 1.0)
         out |= {f"{loss}_{where}": v.mean().item() for loss, v in parts.items()}
@@ -369,8 +366,7 @@ def inside_outside(D, teacher, own: list[int], x: Tensor, label: Tensor, seed: i
 
 @torch.no_grad()
 def drift(D: edm.Precond, x: Tensor, label: Tensor, seed: int) -> dict:
-    """The teacher's bottleneck by sigma, on data x [1, n, *shape]: quantiles, and Frechet distances of every two levels
-    [O2MKD Fig. 1]."""
+    """The bottleneck by sigma, on data x [1, n, *shape]: quantiles, Frechet distances of two levels [O2MKD Fig. 1]."""
     g, sigmas = generator(seed, "drift"), level(torch.linspace(0, BINS - 1, 21).long()).tolist()
     features, quantiles, distance = [], [], torch.zeros(21, 21)
     for sigma in sigmas:
@@ -384,36 +380,33 @@ def drift(D: edm.Precond, x: Tensor, label: Tensor, seed: int) -> dict:
 
 
 def gradual(found: dict) -> dict:
-    """The largest distance of neighbouring levels, and the mean of those half the grid apart, which no gradual step reaches."""
+    """The largest distance of neighbouring levels, and the mean of those half the grid apart: larger without a jump."""
     d = torch.tensor(found["distance"])
     return {"neighbours": d.diagonal(1).max().item(), "far": d.diagonal(len(d) // 2).mean().item()}
 
 
 # ------------------------------------------------ what a run ends with
 
-MERGES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)  # c, in units of 1/N
-
-
 def measured(flags: Flags, given, N: int, device):
-    """(name, Row) of the N students of a seed in turn, and what else was asked for; N = 0: the teacher."""
-    facts, judge, mu, seed, number = given.facts, given.judge, given.mu_teacher, given.seed, flags.run.eval_samples
+    """(name, Row) of the N students of a seed in turn, and what else is asked for; N = 0: the teacher."""
+    facts, mu, seed, number = given.facts, given.mu_teacher, given.seed, flags.run.eval_samples
     folder, n_steps = folder_of(flags, seed, N), flags.teacher.sampler_steps
 
-    def by(denoise, steps: int = n_steps, sampler: str = flags.sampler):
-        def sample(z: Tensor, label: Tensor) -> Tensor:  # x [N, *shape] on the CPU, images as uint8
+    def by(denoise, steps=n_steps, sampler=flags.sampler):
+        def sample(z, label):  # x [N, *shape] on the CPU, images as uint8
             chunks = zip(z.to(device).split(facts.chunk), label.to(device).split(facts.chunk))
             x = torch.cat([edm.SAMPLERS[sampler](denoise, a[None], b[None], steps)[0].cpu() for a, b in chunks])
             return x if facts.stacked else to_uint8(x)
         return sample
 
-    def latents(purpose: str, n: int = number):
+    def latents(purpose, n=number):
         return torch.randn(n, *facts.shape, generator=generator(seed, purpose)), data.stratified(n, facts.classes)
 
-    def some_data(purpose: str, toy: int):
+    def some_data(purpose, toy):
         everyone = Draws(purpose, [Student(seed, 1, 0, tuple(range(facts.classes)))])
         return [v.to(device) for v in given.source().batch(everyone, 0, toy if facts.stacked else 500)]
 
-    def row(name: str, sample, **more):
+    def row(name, sample, **more):
         return name, evaluate.measure(evaluate.Sampler(name, N, seed, sample, **more), given, number)
 
     if N:
@@ -430,23 +423,21 @@ def measured(flags: Flags, given, N: int, device):
             yield f"drift-{name}", Row(more={"distance": value})
         if flags.sampler != "heun":  # the kept samples are Heun's
             yield "teacher", evaluate.teacher_row(given, by(mu)(*latents("teacher z")))
-    if D and seed == flags.run.seed:  # a sample's cost is that of all its evaluations
-        many = latents("timing", min(number, 2 * facts.chunk if facts.stacked else 100))
-        yield "cost", Row(more={
-            "parameters": max(N, 1) * sum(p.numel() for p in D.parameters()),
-            "multiply_adds": evaluate.multiply_adds(denoise, facts, device) * edm.evaluations(n_steps, flags.sampler),
-            "per_second": evaluate.throughput(lambda: by(denoise)(*many), len(many[0]))})
+    if D:  # of a sample: all its evaluations
+        adds = evaluate.multiply_adds(denoise, facts, device) * edm.evaluations(n_steps, flags.sampler)
+        kept = max(N, 1) * sum(p.numel() for p in D.parameters())
+        yield "cost", Row(more={"parameters": kept, "multiply_adds": adds})
     if flags.merge and N > 1:  # c is chosen on other latents, and another draw of the data
-        (z, label), scan = latents("merge z", number // 5), []
-        for c in MERGES:
-            x = by(merge(found.start, found.denoisers, c / N))(z, label)
-            scan.append(judge.distance(judge.statistics(x, label), given.references["real_select"]))
-        c = MERGES[scan.index(min(scan))] / N
+        (z, label), scan = latents("merge z", number // 5), {}
+        for c in (0.25 / N, 0.5 / N, 0.75 / N, 1 / N, 1.25 / N, 1.5 / N):
+            mine = given.judge.statistics(by(merge(found.start, found.denoisers, c))(z, label), label)
+            scan[c] = given.judge.distance(mine, given.references["real_select"])
+        c = min(scan, key=scan.get)
         yield row("merged-mean", by(merge(found.start, found.denoisers)))
-        yield row("merged", by(merge(found.start, found.denoisers, c)), more={"c": c, "scan": scan})
-    if 0 <= flags.inspect < N > 1:
+        yield row("merged", by(merge(found.start, found.denoisers, c)), more={"c": c, "scan": [*scan.values()]})
+    if 0 <= flags.inspect < N > 1 and not flags.ranges:
         k, D = flags.inspect, found.denoisers[flags.inspect]
-        losses = inside_outside(D, mu, found.router.edges[k:k + 2], *some_data("inspect", 20_000), seed)
+        losses = inside_outside(D, mu, found.router, k, *some_data("inspect", 20_000), seed)
         yield row(f"alone-{k}", by(D), more=losses)
         yield row(f"hybrid-{k}", by(routed([D if i == k else mu for i in range(N)], found.router)), more=losses)
     for steps in flags.curve:
@@ -455,18 +446,18 @@ def measured(flags: Flags, given, N: int, device):
 
 
 def report(flags: Flags, inputs: dict, device) -> None:
-    """Measure teacher and students of every N; results-o2mkd.json, table, verdicts, figures."""
+    """Measure teacher and students; results-o2mkd.json, table, verdicts, figures."""
     rows, steps = {}, flags.teacher.sampler_steps
     for given in inputs.values():
         for N in (0, *flags.students):
             for name, row in run.bar(measured(flags, given, N, device), f"sampling, N = {N}", None):
                 rows.setdefault(name, {}).setdefault(str(N), []).append(row)
-    cost, of_teacher = {N: row.more for N, (row,) in rows.pop("cost").items()}, rows.pop("teacher", {}).get("0")
+    cost, of_teacher = {N: of[0].more for N, of in rows.pop("cost").items()}, rows.pop("teacher", {}).get("0")
     own = values(flags, *USES, "scheme", "ranges", "keep", "student_size", "init", "sampler")
     config = {**inputs[flags.run.seed].ancestry, **own, "kd_weight": flags.weight, "sampler_steps": steps}
     results = evaluate.results_of(
-        flags.run, inputs, rows, edm.evaluations(steps, flags.sampler), of_teacher, "o2mkd", configs={NAME: config}, cost=cost,
-        steps=steps, sampler=flags.sampler, edges={str(N): flags.edges(N) for N in flags.students})
+        flags.run, inputs, rows, edm.evaluations(steps, flags.sampler), of_teacher, NAME, configs={NAME: config},
+        cost=cost, steps=steps, sampler=flags.sampler, edges={str(N): flags.edges(N) for N in flags.students})
     path = Path(flags.run.out) / f"results-o2mkd{run.suffix(flags.tag)}.json"
     evaluate.report(path, results, evaluate.verdicts(results))
 
@@ -476,7 +467,6 @@ def main(argv=None) -> int:
     """One teacher, N students, each at home in its range of the noise levels; then what they are worth, in turn."""
     flags = parse(Flags, PRESETS, argv, __doc__)
     check(flags, CONFLICTS)
-    facts = data.facts(flags.run.dataset, flags.run.resolution)
     for N in flags.students:
         print(f"o2mkd, N = {N}: ranges meet at sigma", *(f"{s:.2g}" for s in Router(flags.edges(N)).bounds))
     if flags.run.dry_run:
@@ -490,10 +480,10 @@ def main(argv=None) -> int:
         theta_0 = start_of(flags, given)
         for N in flags.students:
             R = flags.ranges or N
-            Y = msd.partition(facts.classes, N // R)  # student block * R + range has its block's classes
+            Y = msd.partition(given.facts.classes, N // R)  # student block * R + range has its block's classes
             students += [Student(seed, N, k, tuple(Y[k // R].tolist()), theta_0) for k in range(N)]
 
-    shares = [msd.filter_adm(whole(facts), torch.tensor(s.classes)) for s in students]
+    shares = [msd.filter_adm(whole(inputs[s.seed].facts), torch.tensor(s.classes)) for s in students]
     distil(sys.modules[__name__], students, shares, inputs, flags, ranks,
            home=lambda stage, flags, s: folder_of(flags, s.seed, s.K),
            more=lambda s: {"edges": flags.edges(s.K), "size": s.start.size, "kd_weight": flags.weight})

@@ -23,11 +23,9 @@ import run
 import toy_mog
 from flags import UserError, command
 
-plt.rcParams.update({"figure.dpi": 110, "savefig.dpi": 110, "axes.spines.top": False, "axes.spines.right": False,
+plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False,
                      "axes.titlesize": 11, "legend.frameon": False, "legend.fontsize": 8, "lines.markersize": 4})
-DARK, BLUE, ORANGE = "#08306b", "#2171b5", "#d94801"
 VIEW = dict(xlabel="$x_1$", ylabel="$x_2$", aspect="equal", xlim=(-0.65, 0.65), ylim=(-0.65, 0.65))  # of the toy's x
-CLOSE = VIEW | dict(xlim=(0.36, 0.64), ylim=(-0.14, 0.14))
 
 
 class Whole(ConstrainedLayoutEngine):
@@ -48,7 +46,7 @@ class Whole(ConstrainedLayoutEngine):
 
 
 def page(columns: int, width: float, height: float, sharey=False):
-    """A figure and its axes [columns], each `width` x `height` inches with its labels: no text is cut off or on another."""
+    """A figure and its axes [columns], of `width` x `height` inches each; no text is cut off or on another."""
     fig, axes = plt.subplots(1, columns, figsize=(columns * width, height), layout=Whole(compress=True), sharey=sharey,
                              squeeze=False)
     for ax in axes[0]:
@@ -67,12 +65,12 @@ def short(value: float) -> str:
 
 
 def aim(results: dict, stages) -> str:
-    """Which distance these stages are about: to the data, but of the toy's DM or CD alone to the teacher."""
+    """The distance in question: to the data, but of the toy's DM or CD alone to the teacher."""
     return "l1" if results["metric"] == "l1" and {*stages} <= {"dm", "cd"} else f"{results['metric']}_data"
 
 
 def distance(results: dict, m: str) -> str:
-    """A distance in words; of images also the one that chooses checkpoints is to the data."""
+    """A distance in words; of images always to the data."""
     name = "$\\ell_1$" if results["metric"] == "l1" else results["title"]
     return f"{name} to the {'teacher' if m == 'l1' else 'data'}"
 
@@ -87,7 +85,7 @@ def save(fig: plt.Figure, path: Path) -> Path:
 # ------------------------------------------------------------- curves
 
 def read_metrics(folder: Path) -> dict:
-    """metrics.csv -> {name: {student: (steps, values)}}; of image students, the files of all student folders."""
+    """metrics.csv, of image students all of theirs -> {name: {student: (steps, values)}}."""
     rows: dict = defaultdict(lambda: defaultdict(lambda: ([], [])))
     for path in sorted(folder.glob("**/metrics.csv")):
         for r in csv.DictReader(path.read_text().splitlines()):
@@ -99,17 +97,15 @@ def read_metrics(folder: Path) -> dict:
 
 
 def over_students(by_student: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Steps, and the mean over the students of one metric."""
-    at = defaultdict(list)  # a student without samples in a band lacks a step
-    for steps, values in by_student.values():
-        for step, value in zip(steps, values):
-            at[step].append(value)
-    return np.array(sorted(at)), np.array([np.mean(at[step]) for step in sorted(at)])
+    """Steps, and the mean over the students of one metric; a student without samples in a band lacks a step."""
+    steps, values = (np.concatenate(part) for part in zip(*by_student.values()))
+    at = np.unique(steps)
+    return at, np.array([values[steps == step].mean() for step in at])
 
 
 def curves(xlabel: str, shown: list, doubling: bool = False):
-    """A panel for each (title, y axis, its scale, lines [(label, style, colour, (x, y) or (x, y, error))], *dotted levels)
-    with lines. doubling: x in powers of 2; y and legend are shared."""
+    """A panel for each (title, y axis, scale, lines [(label, style, colour, (x, y) or (x, y, error))], *dotted levels)
+    with lines; doubling: x in powers of 2, y and legend shared."""
     shown = [panel for panel in shown if panel[3]]
     fig, axes = page(len(shown), max(4.8, 7.4 / len(shown)), 4, sharey=doubling)
     for ax, (title, ylabel, scale, lines, *dotted) in zip(axes, shown):
@@ -126,7 +122,7 @@ def curves(xlabel: str, shown: list, doubling: bool = False):
     return fig, axes
 
 
-# curves of a stage: title, y axis, its scale, metrics ("…, ": of each noise level, for the largest K), dotted levels
+# curves of a stage: title, y axis, its scale, metrics, dotted levels; "…, " and "": all that begin so, of one K
 PANELS = {
     "dm": [("Gap that drives the KL term", r"mean $|\mu_{fake}-\mu_{real}|$", "log", ["gap"]),
            ("Regression loss", "distance to $y$", "log", ["regression"]),
@@ -135,38 +131,29 @@ PANELS = {
     "adm": [("Critic (dotted: chance)", "share it gets right", "linear", ["right on real", "right on fake"], 0.5),
             ("GAN losses (dotted: an undecided critic's)", "softplus", "linear",
              ["GAN loss of G", "GAN loss of the critic"], math.log(2), 2 * math.log(2)),
-            ("Push on a sample", "RMS gradient in x, weighted", "log", ["push of the DM term", "push of the GAN"])]}
+            ("Push on a sample", "RMS gradient in x, weighted", "log", ["push of the DM term", "push of the GAN"])],
+    "o2mkd": [("Losses of single batches, first seed, fewest students", "mean over students", "log", [""])]}
 
 
-def training(folders: dict, stage: str, metric: str, ylabel: str) -> plt.Figure:
-    """[MSD Fig. 6]: a stage's curves {K: folder}: a colour per K, means over its students."""
+def training(folders: dict, stage: str, panels: list) -> plt.Figure:
+    """[MSD Fig. 6], [O2MKD Fig. 9]: a stage's curves {K: folder}: a colour per K, means over its students."""
     runs, shown = {K: read_metrics(folder) for K, folder in folders.items()}, []
-    distances = ("Distance of each student on its own classes", ylabel, "linear", [metric])
-    for title, unit, scale, names, *dotted in [distances, *PANELS[stage]]:
-        lines, bands = [], "largest K" in title  # a colour per band of noise levels
-        for i, K in enumerate([max(runs)] if bands else runs):
+    for title, unit, scale, names, *dotted in panels:
+        lines, all_of = [], names[0].endswith(", ") or not names[0]  # then a colour per metric
+        for i, K in enumerate([max(runs)] if all_of else runs):
             found = [name for name in runs[K] if name.startswith(tuple(names))]
             for j, name in enumerate(found):
                 label = f"K = {K}" if len(found) == 1 else name.split(", ")[-1] if i == 0 else None
-                style, colour = ("-", shade(j, len(found))) if bands else (("-", "--")[j], shade(i, len(runs)))
+                style, colour = ("-", shade(j, len(found))) if all_of else (("-", "--")[j], shade(i, len(runs)))
                 lines.append((label, style, colour, over_students(runs[K][name])))
         shown.append((title, unit, scale, lines, *dotted))
-    return curves(f"generator updates of {stage.upper()}", shown)[0]
-
-
-def losses(folder: Path, N: int) -> plt.Figure:
-    """[O2MKD Fig. 9]: the losses of one student's training."""
-    lines = []
-    for name, of_student in read_metrics(folder).items():
-        lines.append((f"{name} loss", "-", shade(len(lines), 3), next(iter(of_student.values()))))
-    return curves("updates", [(f"Losses of a student (N = {N}), first seed", "loss of a single batch", "log", lines)])[0]
+    return curves(f"updates of {stage.upper()}", shown)[0]
 
 
 def teacher_error(e: dict) -> plt.Figure:
     """The trained denoiser against the exact one, by noise level."""
-    lines, ylabel = [("the teacher", "-", BLUE, (e["sigma"], e["error"]))], r"RMS error of $D$ / $c_{out}(\sigma)$"
-    fig, (ax,) = curves(r"noise level $\sigma$ (dotted: std of a Gaussian)",
-                        [("The trained teacher against the exact denoiser", ylabel, "log", lines)])
+    lines, title = [("teacher", "-", "C0", (e["sigma"], e["error"]))], "The trained teacher against the exact denoiser"
+    fig, (ax,) = curves(r"$\sigma$ (dotted: std of a Gaussian)", [(title, r"RMS error / $c_{out}$", "log", lines)])
     ax.axvline(toy_mog.STD, ls=":", color="k", lw=1)
     ax.set_xscale("log")
     return fig
@@ -183,14 +170,14 @@ def steps_curve(results: dict) -> plt.Figure:
                 if stage.startswith(f"{sampler}-") and N in of_n:
                     n = int(stage.split("-")[1])
                     xy.append((each * (2 * n - 1 if sampler == "heun" else n), of_n[N][m]))
-            label, colour = (f"N = {N}", shade(i, len(cost))) if int(N) else ("teacher", ORANGE)
-            lines.append((label, "-", colour, np.reshape(sorted(xy), (-1, 2)).T))
+            label = f"N = {N}" if int(N) else "teacher"
+            lines.append((label, "-", shade(i, len(cost)), np.reshape(sorted(xy), (-1, 2)).T))
         shown.append((sampler, distance(results, m), "linear", lines))
     return curves("million multiply-adds of a sample", shown, doubling=True)[0]
 
 
 def figure8(sets: dict) -> plt.Figure:
-    """[MSD Fig. 8]: distance to the data against the classes that a student covers: a line per size {size: results}."""
+    """[MSD Fig. 8]: distance to the data against the classes that a student covers, of {size: results}."""
     shown = []
     for stage in dict.fromkeys(stage for r in sets.values() for stage in r["stages"]):
         lines = []
@@ -198,23 +185,20 @@ def figure8(sets: dict) -> plt.Figure:
             m, of_k = f"{r['metric']}_data", r["stages"].get(stage, {})
             xy = [(r["classes_of_data"] / int(K), row[m], row[f"{m}_sd"] or 0) for K, row in of_k.items()]
             lines.append((f"size {size}", "-", shade(i, len(sets)), np.reshape(sorted(xy), (-1, 3)).T))
-        lines.append(("teacher", "--", ORANGE, ([1, r["classes_of_data"]], [r["teacher"][m]] * 2)))
+        lines.append(("teacher", "--", "C1", ([1, r["classes_of_data"]], [r["teacher"][m]] * 2)))
         shown.append((f"after {stage.upper()}", distance(r, m), "linear", lines))
     fig, axes = curves("classes that a student covers", shown, doubling=True)
-    axes[0].set_ylim(0, 1.05 * axes[0].get_ylim()[1])
+    axes[0].set_ylim(bottom=0)
     return fig
 
 
 def feature_drift(found: dict) -> plt.Figure:
-    """[O2MKD Fig. 1]: the teacher's bottleneck by noise level: its activations; how far every two levels are apart."""
-    fig, (left, right) = page(2, 5.6, 4.2)
-    sigma = found["sigma"]
-    left.plot(sigma, found["quantiles"], color=BLUE)
-    left.set(title="Activations of the bottleneck: quantiles 1, 25, 50, 75, 99 %", xlabel=r"noise level $\sigma$",
-             ylabel="activation", xscale="log")
+    """[O2MKD Fig. 1]: the teacher's bottleneck by noise level."""
+    (fig, (left, right)), sigma = page(2, 5.6, 4.2), found["sigma"]
+    left.plot(sigma, found["quantiles"], color="C0")
+    left.set(title="Activations of the bottleneck: quantiles 1, 25, 50, 75, 99 %", xlabel=r"$\sigma$", xscale="log")
     fig.colorbar(right.pcolormesh(sigma, sigma, found["distance"], shading="gouraud"), ax=right)
-    right.set(title="Fréchet distance of the features of two levels", xlabel=r"$\sigma$", ylabel=r"$\sigma$",
-              xscale="log", yscale="log", aspect="equal")
+    right.set(title="Fréchet distance of the features of two levels", xlabel=r"$\sigma$", xscale="log", yscale="log")
     return fig
 
 
@@ -228,7 +212,7 @@ def image_panels(panels: dict, columns: int) -> plt.Figure:
     for ax, (title, x) in zip(axes, panels.items()):
         x = torch.cat([x, x.new_zeros(rows * columns - n, c, h, w)]).unflatten(0, (rows, columns))
         picture = x.permute(0, 3, 1, 4, 2).reshape(rows * h, columns * w, c).expand(-1, -1, 3)
-        ax.imshow(picture, interpolation="nearest")
+        ax.imshow(picture.numpy(), interpolation="nearest")
         ax.set(title=title, xticks=[], yticks=[])
     return fig
 
@@ -236,75 +220,70 @@ def image_panels(panels: dict, columns: int) -> plt.Figure:
 def side_by_side(home: Path, results: dict, shown: list, m: str) -> plt.Figure:
     """[MSD Fig. 4, 9]: samples of the teacher and of students [(who, row, folder)], and their distance m: of the toy
     histograms, and how one or two differ from the teacher's; of images a row for each of the first 12 classes."""
-    n = 2 * results["steps"] - 1 if "method" in results else results["teacher"]["evaluations"]  # of Heun, kept samples
-    sets, e, panels = {}, toy_mog.EXTENT, []
+    n = 2 * results["steps"] - 1 if "method" in results else results["teacher"]["evaluations"]  # kept samples: Heun's
+    sets, panels = {}, []
     for who, row, folder in [(f"teacher, {n} evaluations", results["teacher"], None), *shown]:
-        made = run.load_tensors(folder / "samples.pt") if folder else {"x": run.load_shards(home / "reference", "report")}
+        made = run.load_tensors(folder / "samples.pt") if folder else {}
         first = row["per_seed"][0]
-        sets[f"{who}: {distance(results, m)} {short(first[m if m in first else 'floor'])}"] = made["x"]
+        title = f"{who}: {distance(results, m)} {short(first[m if m in first else 'floor'])}"
+        sets[title] = made["x"] if folder else run.load_shards(home / "reference", "report")
     if results["metric"] != "l1":
         pick = torch.cat([(made["label"] == c).nonzero()[:8, 0] for c in made["label"].unique()[:12]])
         return image_panels({title: images.to_uint8(x[pick]) for title, x in sets.items()}, 8)
-    for title, x in sets.items():
-        panels.append((title, toy_mog.histogram(x)[:-1].numpy() / len(x), "bone_r"))  # the last bin: outside
+    for title, x in sets.items():  # all bins but the last, which is outside
+        panels.append((title, toy_mog.histogram(x)[:-1].numpy() / len(x), "bone_r"))
     share = panels[0][1]
     for title, other, _ in panels[1:] if len(shown) < 3 else ():
         panels.append((f"|difference|, {title.split(',')[0]}", abs(other - share), "gist_heat_r"))
     fig, axes = page(len(panels), 3.4, 4.2)
     for ax, (title, values, colours) in zip(axes, panels):
-        ax.imshow(values.reshape(toy_mog.BINS, -1).T ** 0.5, cmap=colours, vmin=0, extent=(-e, e, -e, e),
-                  vmax=np.quantile(share[share > 0], 0.98) ** 0.5, interpolation="nearest", origin="lower")
+        ax.imshow(values.reshape(toy_mog.BINS, -1).T ** 0.5, cmap=colours, origin="lower", interpolation="nearest",
+                  extent=[-toy_mog.EXTENT, toy_mog.EXTENT] * 2, vmin=0, vmax=np.quantile(share[share > 0], 0.98) ** 0.5)
         ax.set(title=title, xticks=[], yticks=[], **VIEW)
-        ax.spines[:].set_visible(True)
     fig.suptitle(f"Histograms of {len(x):,} samples; colour: square root of share")
     return fig
+
+
+def scatter(panels: dict, owner, number: int, what: str):
+    """A panel for each {title: x [N, 2]}, a colour for each of so many owners [N]."""
+    fig, axes = page(len(panels), 5.4, 4.8)
+    for ax, (title, x) in zip(axes, panels.items()):
+        dots = ax.scatter(*x.T, s=3, c=owner, cmap=plt.get_cmap("turbo", number), vmin=-0.5, vmax=number - 0.5)
+        ax.set(title=title, **VIEW)
+    fig.colorbar(dots, ax=axes[-1], label=what, ticks=range(0, number, math.ceil(number / 16)))
+    return fig, axes
 
 
 def by_student(folder: Path, K: int) -> plt.Figure:
     """[MSD Fig. 1]: K students' samples, a colour each, and one class close up."""
     s = run.load_tensors(folder / "samples.pt")
-    x, student, label = (s[name][:20_000].numpy() for name in ("x", "student", "label"))
-    colours = {"cmap": plt.get_cmap("tab10" if K <= 10 else "turbo", K), "vmin": 0.5, "vmax": K + 0.5}
-    fig, (left, right) = page(2, 5.4, 4.8)
-    shown = left.scatter(*x.T, s=1, c=student + 1, **colours)
-    fig.colorbar(shown, ax=left, label="student", ticks=range(1, K + 1, math.ceil(K / 16)))
-    left.set(title="Who generates what", **VIEW)
-    right.scatter(*x[label == 0].T, s=2, c=student[label == 0] + 1, **colours)
+    titles = "Who generates what", "Class 0 close up; circles: 4 std of the data's Gaussians"
+    fig, axes = scatter(dict.fromkeys(titles, s["x"][:20_000]), s["student"][:20_000], K, "student")
     for m in toy_mog.means()[0].numpy():
-        right.add_patch(plt.Circle(m, 4 * toy_mog.STD, fill=False, lw=0.8))
-    right.set(title="Class 0 close up; circles: 4 std of the data's Gaussians", **CLOSE)
-    return fig
-
-
-def scatter(arrays: dict, names: list[str]) -> plt.Figure:
-    """A panel per sampler {name: x [N, 2]}, coloured by class: "label" [N]."""
-    fig, axes = page(len(names), 4.8, 5)
-    for ax, name in zip(axes, names):
-        ax.scatter(*arrays[name].T, c=arrays["label"] % toy_mog.CLASSES, s=6, cmap="tab10", vmin=0, vmax=9)
-        ax.set(title=f"{name}, N = {len(arrays['label'])}, a colour per class", **VIEW)
+        axes[1].add_patch(plt.Circle(m, 4 * toy_mog.STD, fill=False, lw=0.8))
+    axes[1].set(xlim=(0.36, 0.64), ylim=(-0.14, 0.14))
     return fig
 
 
 METRICS = {
     "l1": "$\\ell_1$ to the teacher's samples", "l1_data": "$\\ell_1$ to the data",
     "fd_data": "Fréchet distance to the data", "mode_min": "share of the emptiest mode (1 = fair)",
-    "variation": "coefficient of variation of the loss", "multiply_adds": "million multiply-adds of a sample"}
+    "multiply_adds": "million multiply-adds of a sample"}
 
 
 def claim(name: str, text: str, numbers: dict, metric: str, lines: dict, curves=None) -> plt.Figure:
     """Numbers {row: [one per seed]} as dots, with their mean; lines {name: level}."""
     unit, n = 1e6 if metric == "multiply_adds" else 1, len(numbers)
-    rows = [textwrap.fill(row, 40) for row in numbers]
-    fig, (ax,) = page(1, 6.2, 2.3 + 0.2 * len(lines) + n * (0.16 + 0.16 * max(row.count("\n") + 1 for row in rows)))
+    fig, (ax,) = page(1, 6.2, 2.5 + 0.2 * len(lines) + 0.5 * n)
     for i, values in enumerate(numbers.values()):
         v = np.array(values) / unit
         ax.plot(v, [i] * len(v), "o", alpha=0.6, color=shade(i, n))
         ax.plot([v.mean()] * 2, [i - 0.32, i + 0.32], color=shade(i, n), lw=2.5)
         ax.annotate(short(v.mean()), (v.max(), i), (6, 0), textcoords="offset points", va="center", fontsize=8)
     for (label, level), style in zip(lines.items(), ("--", ":", "-.")):
-        ax.axvline(level / unit, ls=style, color=ORANGE, lw=1, label=f"{label}: {short(level / unit)}")
+        ax.axvline(level / unit, ls=style, color="C1", lw=1, label=f"{label}: {short(level / unit)}")
     ax.margins(x=0.12)  # room for the last number
-    ax.set(yticks=range(n), yticklabels=rows, ylim=(n - 0.4, -0.6),
+    ax.set(yticks=range(n), yticklabels=[textwrap.fill(row, 40) for row in numbers], ylim=(n - 0.4, -0.6),
            xlabel=f"{METRICS.get(metric, metric)} (dot: one seed, bar: their mean)")
     if lines:
         ax.legend(loc="lower left", bbox_to_anchor=(0, 1))
@@ -345,7 +324,7 @@ def compare(out: Path, tags: list[str]) -> plt.Figure:
         stage, seed = stage or list(results["stages"])[-1], results["seeds"][0]
         seeds.add(seed)
         if stage not in results["stages"] or len(seeds) > 1:
-            raise UserError(f"--compare {name}: no stage {stage}, or another first seed than {tags[0]}")
+            raise UserError(f"--compare {name}: no stage {stage}, or another first seed")
         K, row = max(results["stages"][stage].items(), key=lambda item: int(item[0]))
         shown.append((f"{name}, K = {K}, {stage.upper()}", row, folder_of(out, results, tag, K, stage)))
     return side_by_side(out / f"seed{seed}", results, shown, f"{results['metric']}_data")
@@ -357,15 +336,16 @@ def draw(out, tag: str = "") -> list[Path]:
     results = run.load_json(out / f"results{suffix}.json", "seeds", "students", "stages", "metric")
     home, rows, toy = out / f"seed{results['seeds'][0]}", results["stages"], results["metric"] == "l1"
     ks, by_noise, shown = sorted(map(int, results["students"])), "method" in results, []
-    last, cost = ("o2mkd", "in turn") if by_noise else (list(rows)[-1], "one evaluation")
+    last = "o2mkd" if by_noise else list(rows)[-1]
     folder = functools.partial(folder_of, out, results, tag)
     for K in sorted({ks[0], ks[-1]}) if toy else ks:
-        shown.append((f"{K} student{'s' * (K > 1)}, {cost}", results["students"][str(K)], folder(K, last)))
+        title = f"{K} student{'s' * (K > 1)}, {'in turn' if by_noise else 'one evaluation'}"
+        shown.append((title, results["students"][str(K)], folder(K, last)))
     names = ("samples", "students") if by_noise else ("figure4", "l1") if toy else ("samples", "fd")
     figures = {names[0]: side_by_side(home, results, shown, aim(results, [last])),
                names[1]: against_k(results, {last: results["students"]})}
     if by_noise:
-        figures["losses"] = losses(folder(ks[0], last) / ("" if toy else "student0"), ks[0])
+        figures["losses"] = training({ks[0]: folder(ks[0], last)}, last, PANELS[last])
         if (drift := home / "teacher" / "drift.json").exists():
             figures["drift"] = feature_drift(run.load_json(drift))
         if any(stage.startswith("heun-") for stage in rows):
@@ -375,7 +355,8 @@ def draw(out, tag: str = "") -> list[Path]:
             figures["students"] = by_student(folder(ks[-1], last), ks[-1])
         for stage in filter(rows.get, PANELS):
             name, m = ("gan", aim(results, rows)) if stage == "adm" else ("training", results["metric"])
-            figures[name] = training({K: folder(K, stage) for K in ks}, stage, m, distance(results, m))
+            first = ("Distance of each student on its own classes", distance(results, m), "linear", [m])
+            figures[name] = training({K: folder(K, stage) for K in ks}, stage, [first, *PANELS[stage]])
         if last not in ("dm", "cd"):
             figures["stages"] = against_k(results, rows)
         if (error := home / "teacher" / "error.json").exists():
@@ -383,7 +364,7 @@ def draw(out, tag: str = "") -> list[Path]:
     paths = {out / "figures" / f"{name}{suffix}.png": fig for name, fig in figures.items()}
     files = [out / f"results{run.suffix(size)}.json" for size in ("XXS", "XS", "S", "B", "")]
     sizes = [r for r in map(run.load_json, filter(Path.exists, files)) if len(r["students"]) > 1]
-    if len(sizes) > 1 and not by_noise:
+    if len(sizes) > 1:
         paths[out / "figures" / "figure8.png"] = figure8({r["size"]: r for r in sizes})
     return [save(fig, path) for path, fig in paths.items()]
 

@@ -7,17 +7,18 @@ import contextlib
 import csv
 import fcntl
 import json
+import math
 import os
 import re
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 from tqdm import tqdm
 
 from common import Batch, Draws, Ranks, world
@@ -34,16 +35,15 @@ class Flags:
     prefix = ""
     dataset: str = flag("toy", "what to train on", choices=NAMES)
     preset: str = flag("default", "a line of PRESETS: default, few-pairs, paper or smoke")
-    resolution: int = flag(0, "pixels of the images, pooled from the dataset's own; 0 = its default", low=0)
+    resolution: int = flag(0, "pixels, pooled from the dataset's own; 0 = its default", low=0)
     data: str = flag("", "file or folder of the images, see docs/images.md; none = the usual places")
-    features: str = flag("", "of the Frechet distance: NVIDIA's TorchScript Inception; none = our own classifier")
+    features: str = flag("", "NVIDIA's TorchScript Inception, for FID; none = our own classifier")
     out: str = flag("", "the run folder; none = runs/DATASET")
-    tag: str = flag("", "suffix of the students' folders: variants of one teacher side by side",
-                    pattern=r"(?!o2mkd|.*\.\.)[\w.-]{0,80}")
+    tag: str = flag("", "suffix of the students' folders, for variants", pattern=r"(?!o2mkd|.*\.\.)[\w.-]{0,80}")
     seed: int = flag(0, "first seed; seed S lives in OUT/seedS", low=0)
     seeds: int = flag(1, "number of seeds, S, S+1, …", low=1)
     device: str = flag("auto", "auto (cuda if there is one), cpu, cuda or mps")
-    micro_batch: int = flag(0, "samples that a rank takes through a network at a time; 0 = all of its share", low=0)
+    micro_batch: int = flag(0, "samples at a time through a network; 0 = a rank's share of the batch", low=0)
     save_every: int = flag(500, "updates between checkpoints", low=1)
     eval_samples: int = flag(100_000, "samples of every reported distance", low=8)
     dry_run: bool = flag(False, "print every value and its source, and stop")
@@ -55,10 +55,10 @@ class Flags:
         return list(range(self.seed, self.seed + self.seeds))
 
 
-SMOKE = dict(eval_samples=800, save_every=20)
 LARGE = dict(eval_samples=50_000, save_every=1000)
 PRESETS = {
-    ("toy", "default"): {}, ("toy", "few-pairs"): {}, ("toy", "paper"): {}, ("toy", "smoke"): SMOKE,
+    ("toy", "default"): {}, ("toy", "few-pairs"): {}, ("toy", "paper"): {},
+    ("toy", "smoke"): dict(eval_samples=800, save_every=20),
     **{("toy-prompts", name): dict(like="toy") for name in ("default", "few-pairs", "paper", "smoke")},
     ("fashion-mnist", "default"): dict(eval_samples=10_000, save_every=250),
     ("fashion-mnist", "smoke"): dict(eval_samples=40, save_every=3),
@@ -73,20 +73,18 @@ def suffix(tag: str) -> str:
 
 
 def device(name: str) -> torch.device:
-    """--device, tried. Also at most 8 CPU threads (fewer: OMP_NUM_THREADS), and no TF32."""
+    """--device, tried; at most 8 CPU threads (fewer: OMP_NUM_THREADS), and no TF32."""
     torch.set_num_threads(min(8, torch.get_num_threads()))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":  # a GPU per rank
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun: a GPU per rank
     try:
-        torch.zeros(1, device=name)
-        if name.startswith("cuda"):
-            torch.cuda.set_device(name)
+        found = torch.zeros(1, device="cpu" if name == "auto" else name).device
+        if found.type == "cuda":
+            torch.cuda.set_device(found)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {error}") from None
-    return torch.device(name)
+    return found
 
 
 def start(flags: Flags) -> Ranks:
@@ -97,7 +95,7 @@ def start(flags: Flags) -> Ranks:
 # --------------------------------------------------------------- files
 
 def write_atomic(path: Path, write) -> None:
-    """`write(temporary_path)`, then rename: the file is old or new, never half. UserError if that fails."""
+    """`write(temporary_path)`, then rename: the file is old or new, never half. UserError if it can't be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")
     try:
@@ -105,7 +103,7 @@ def write_atomic(path: Path, write) -> None:
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # a full disk: an OSError without a name, or torch.save's RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save's, of a full disk
         raise UserError(f"cannot write {path}; what was saved before is intact: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -123,7 +121,7 @@ def load_json(path: Path, *keys: str) -> dict:
     except ValueError:
         value = None
     if not isinstance(value, dict) or not {*keys} <= value.keys():
-        raise UserError(f"{path}: damaged; delete it and run the same command again")
+        raise UserError(f"{path}: damaged; delete it")
     return value
 
 
@@ -138,7 +136,7 @@ def load_tensors(path: Path, mmap: bool = False):
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises a dozen types for a damaged file
-        raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}): damaged or foreign") from None
+        raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
 
 
 def shard(folder: Path, name: str, i: int) -> Path:
@@ -149,7 +147,7 @@ def shard(folder: Path, name: str, i: int) -> Path:
 def load_shards(folder: Path, name: str, number: int = 0) -> Tensor:
     """y [N, *shape] of the files name-0000.pt, name-0001.pt, … (all, or the first `number`)."""
     paths = [shard(folder, name, i) for i in range(number)] or sorted(folder.glob(f"{name}-*.pt"))
-    return torch.cat([load_tensors(p)["y"] for p in paths or [shard(folder, name, 0)]])  # no file: says which
+    return torch.cat([load_tensors(p)["y"] for p in paths or [shard(folder, name, 0)]])  # none: says what is missing
 
 
 def bar(iterable, name: str, total: int | None, quiet: bool = False, **more):
@@ -175,7 +173,7 @@ def alone(folder: str, ranks: Ranks):
             if ranks.rank == 0:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{folder}: waiting for another job, which makes what both need", flush=True)
+            print(f"{folder}: waiting for another job", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:  # a file system without locks: start jobs in turn
             pass
@@ -192,7 +190,7 @@ def check_config(folder: Path, config: dict) -> None:
     path, config = folder / "config.json", json.loads(json.dumps(config))
     if not any((folder / name).exists() for name in ("config.json", "state.pt", "ema.pt")):
         return save_json(path, config)
-    old = load_json(path)  # fails for weights that lie there without it: of which flags?
+    old = load_json(path)  # fails if weights lie there without it
     old = {k: v for k, v in old.items() if k in config or k not in RETIRED or v != RETIRED[k] is not None}
     differ = [k for k in sorted({*old, *config}) if old.get(k) != config.get(k)]
     if differ:
@@ -201,13 +199,13 @@ def check_config(folder: Path, config: dict) -> None:
 
 
 def saved_steps(folder: Path) -> dict[int, Path]:
-    """{step: checkpoint}; a damaged one is renamed, and said so."""
+    """{step: checkpoint}; damaged ones are renamed."""
     steps = {}
     for path in filter(Path.exists, (folder / "state.prev.pt", folder / "state.pt")):
         try:
             steps[load_tensors(path, mmap=True)["step"]] = path  # mapped: not read whole
         except (UserError, KeyError, TypeError):
-            print(f"{path} is damaged: set aside, going on from the checkpoint before it", file=sys.stderr)
+            print(f"{path} is damaged: set aside for the checkpoint before it", file=sys.stderr)
             os.replace(path, f"{path}.damaged")
     return steps
 
@@ -218,40 +216,35 @@ def finished(folder: Path, results: tuple[str, ...]) -> bool:
 
 
 def unfinished(folders: list[Path], results: tuple[str, ...], stacked: bool = True) -> list[list[Path]]:
-    """Folders without these results, in groups of equal step: each can train as one stack."""
+    """Folders without these results, in groups of equal step, that can train as one stack."""
     left = [f for f in folders if not finished(f, results)]
     if not stacked or not left:
         return [[f] for f in left]
     steps = {f: saved_steps(f) for f in left}
-    if set.intersection(*map(set, steps.values())):
-        return [left]
-    newest = {f: max(steps[f], default=0) for f in left}
+    shared = set.intersection(*map(set, steps.values()))
+    newest = {f: 0 if shared else max(steps[f], default=0) for f in left}
     return [[f for f in left if newest[f] == step] for step in dict.fromkeys(newest.values())]
 
 
-# -------------------------------------------------- a stage's training
-
-def _stacks(function, *trees):
-    """function of the trees' tensors; scalars and what is no tensor as in the first."""
-    return tree_map(lambda *t: function(*t) if isinstance(t[0], Tensor) and t[0].ndim else t[0], *trees)
-
-
+@dataclass
 class Run:
-    """One stage of one stack of students. A checkpoint of step n holds the state after n updates.
+    """One stage of one stack of students. A checkpoint of step n holds the state after n updates."""
+    name: str
+    students: list
+    folders: dict[Path, slice]  # which students, rows of every tensor, each holds; a single one holds the tensors whole
+    length: int  # updates
+    batch: int  # of all ranks
+    shape: tuple  # of a sample
+    save_every: int = 500
+    micro_batch: int = 0
+    ranks: Ranks = field(default_factory=Ranks)  # all read, the first one writes
+    title: str = ""
 
-    folders: {folder: slice of the stack's students}, whose rows of every tensor it holds; one alone holds the tensors
-    whole. batch: of all ranks; shape: a sample's. ranks: all read, the first one writes."""
-
-    def __init__(self, name: str, students: list, folders: dict[Path, slice], steps: int, batch: int, shape: tuple,
-                 save_every: int = 500, micro_batch: int = 0, ranks: Ranks | None = None, title: str = ""):
-        self.students, self.folders, self.length = students, folders, steps
-        self.batch, self.shape, self.save_every = batch, shape, save_every
-        self.ranks, self.title = ranks or Ranks(), title or name
-        self.main = self.ranks.rank == 0
-        self.draws = Draws(name, students, self.ranks.device)
-        self.slices = self.ranks.parts(batch, micro_batch)
-        self.rows: list[tuple] = []
-        self.last, self.began, self.stop = 0, 0.0, False
+    def __post_init__(self):
+        self.title, self.main = self.title or self.name, self.ranks.rank == 0
+        self.draws = Draws(self.name, self.students, self.ranks.device)
+        self.slices = self.ranks.parts(self.batch, self.micro_batch)
+        self.rows, self.last, self.began, self.stop = [], 0, 0.0, False
 
     def batches(self, step: int, of: str = "{}") -> list[Batch]:
         """The micro-batches of an update. of: see Batch."""
@@ -264,14 +257,12 @@ class Run:
         def hold(number, frame):
             self.stop = True
             signal.signal(number, signal.default_int_handler)
-            os.write(2, f"\n{self.title}: stopping after this step\n".encode())  # print is not safe here
         begin = self._resume(state)
         before = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.bar = bar(range(begin, self.length), self.title, self.length, not self.main, initial=begin, unit="step")
         try:
-            yield from self.bar
+            with bar(range(begin, self.length), self.title, self.length, not self.main, initial=begin) as self.bar:
+                yield from self.bar
         finally:
-            self.bar.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -282,8 +273,10 @@ class Run:
         if begin:
             found = [load_tensors(s[begin]) for s in saved]
             self.began -= found[0]["seconds"]
-            parts, *more = [s["parts"] for s in found]
-            parts = _stacks(lambda *t: torch.cat(t), parts, *more) if more else parts
+            parts = found[0]["parts"]
+            if len(found) > 1:  # scalars and what is no tensor are the same in all
+                parts = tree_map(lambda *t: torch.cat(t) if torch.is_tensor(t[0]) and t[0].ndim else t[0],
+                                 *[s["parts"] for s in found])
             for key, part in state.items():
                 load = part.update if isinstance(part, dict) else part.load_state_dict
                 load(parts[key])
@@ -298,7 +291,7 @@ class Run:
         write_atomic(path, lambda t: t.write_text("".join(["step,seconds,student,name,value\n", *kept])))
 
     def seconds(self) -> float:
-        """Training seconds of this stage, earlier sessions counted in."""
+        """Of training, in all sessions."""
         return time.perf_counter() - self.began
 
     def log(self, step: int, **values) -> None:
@@ -306,31 +299,32 @@ class Run:
         shown = {}
         for name, value in values.items():
             if value is not None:
-                value = value.detach().flatten(1).mean(1) if value.ndim > 1 else value.detach()
-                self.rows.append((step, self.seconds(), name, value.cpu().tolist()))
+                value = value.flatten(1).mean(1) if value.ndim > 1 else value
+                self.rows.append((step, self.seconds(), name, value.tolist()))
                 shown |= {} if "," in name else {name: f"{value.mean().item():.3g}"}
         self.bar.set_postfix(shown, refresh=False)
 
     def check(self, step: int, loss: Tensor) -> Tensor:
         """The loss [M] of all ranks. UserError if one is not finite."""
         loss = self.ranks.total(loss)
-        finite = torch.isfinite(loss)
-        if not finite.all():
-            bad = ", ".join(str(s) for s, ok in zip(self.students, finite.tolist()) if not ok)
-            raise UserError(f"{self.title}: the loss is not finite at step {step} ({bad[:80]}); last checkpoint: step "
-                            f"{self.last} in {next(iter(self.folders))}; try a lower learning rate")
+        bad = [str(s) for s, value in zip(self.students, loss.tolist()) if not math.isfinite(value)]
+        if bad:
+            raise UserError(f"{self.title}: the loss is not finite at step {step} ({', '.join(bad)[:80]}); last "
+                            f"checkpoint: step {self.last} in {next(iter(self.folders))}")
         return loss
 
     def save(self, step: int, state: dict) -> None:
         """Checkpoint every save_every steps, at the end, and before a stop."""
         self.stop = self.ranks.any(self.stop)
-        if not (step % self.save_every == 0 or step == self.length or self.stop):
+        if step % self.save_every and step < self.length and not self.stop:
             return
         if step != self.last and self.main:
             trees = {k: p if isinstance(p, dict) else p.state_dict() for k, p in state.items()}
             for folder, rows in self.folders.items():
                 self._write_rows(folder / "metrics.csv", rows)  # first: those past a resumed step are dropped
-                own = trees if len(self.folders) == 1 else _stacks(lambda t: t[rows].clone(), trees)
+                own = trees
+                if len(self.folders) > 1:
+                    own = tree_map_only(Tensor, lambda t: t[rows].clone() if t.ndim else t, trees)
                 new, path = folder / "state.new.pt", folder / "state.pt"
                 save_tensors(new, {"step": step, "seconds": self.seconds(), "parts": own})
                 if path.exists():  # at any moment one of the two can be read

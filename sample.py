@@ -112,8 +112,8 @@ def main(argv=None):
         print(f"   ratio: {cost['teacher'] / cost['students']:g} times fewer evaluations")
     label = label.cpu().numpy()
     if facts.stacked:
-        arrays = {"label": label, "seed": np.array(seeds), **{who: x.numpy() for who, x in made.items()}}
-        paths, picture = [save_npz(f"{flags.out}.npz", arrays)], plot.scatter(arrays, list(made))
+        paths = [save_npz(f"{flags.out}.npz", {"label": label, "seed": np.array(seeds), **made})]
+        picture, _ = plot.scatter(made, label, facts.classes, "class")
     else:
         made, paths, columns = {who: to_uint8(x) for who, x in made.items()}, [], min(20, round(len(seeds) ** 0.5))
         for who, x in made.items():

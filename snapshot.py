@@ -3,14 +3,13 @@
 Those pickles carry source code, which NVIDIA's loader executes. Here names outside ALLOWED are refused, objects become
 records of attributes, and the network is compared, row by row, with what our U-Net computes. Not here: SongUNet.
 
-Departures: the class matrix becomes a table of rows; interleaved queries, keys and values become three blocks; weights
-become float32; dropout, the augmentation's input and resampling filters, once seen to be plain means, are dropped.
+Departures: interleaved queries, keys and values become three blocks, weights float32; dropout, the augmentation's input
+and resampling filters, once seen to be plain means, are dropped.
 """
 import io
 import pickle
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,16 +19,16 @@ import unet
 
 DEFAULTS = dict(sigma_data=0.5, model_channels=192, channel_mult=[1, 2, 3, 4], channel_mult_emb=4,
                 num_blocks=3, attn_resolutions=[32, 16, 8])  # of EDMPrecond and DhariwalUNet: files leave them out
-ARGUMENTS = {  # what is within reason, and in our U-Net: see _fits
+ARGUMENTS = {  # within reason, and in our U-Net: see _fits
     "label_dim": range(1, 100_001), "img_resolution": range(1, 1025), "in_channels": range(1, 65),
-    "model_channels": range(16, 2049, 2), "channel_mult_emb": 4, "num_blocks": range(1, 17), "sigma_data": (1e-3, 1e3),
+    "model_channels": range(16, 2049, 2), "channel_mult_emb": 4, "num_blocks": range(1, 17), "sigma_data": 0.5,
     "channel_mult": [range(1, 17)], "attn_resolutions": [range(1, 1025)],
 }
 
 
 @dataclass
 class Snapshot:
-    """Arguments and weights (float32) of a unet.UNet, and sigma_data of the preconditioning around it."""
+    """Arguments and weights (float32) of a unet.UNet, and sigma_data of its preconditioning."""
     resolution: int
     channels: int
     classes: int
@@ -42,8 +41,7 @@ def read(path) -> Snapshot:
     """The averaged network ("ema") in NVIDIA's file. UserError if it is damaged, hostile or of another kind."""
     with images.reading(path):
         with open(path, "rb") as file:
-            ema = _Reader(file).load()["ema"]
-        return _network(ema, Path(path).stat().st_size)
+            return _network(_Reader(file).load()["ema"], file.seek(0, 2))
 
 
 def _network(ema, length: int) -> Snapshot:
@@ -51,7 +49,7 @@ def _network(ema, length: int) -> Snapshot:
     model = ema.state["_modules"]["model"]
     _compare([("preconditioning", ema.kind, "EDMPrecond"), ("network", model.kind, "DhariwalUNet")])
     args = {**DEFAULTS, **ema.state["_init_kwargs"], **model.state["_init_kwargs"]}
-    args["sigma_data"] = ema.state.get("sigma_data", args["sigma_data"])  # the number that NVIDIA's code computes with
+    args["sigma_data"] = ema.state.get("sigma_data", args["sigma_data"])  # what NVIDIA's code computes with
     channels = args.setdefault("in_channels", args.get("img_channels"))
     _compare((name, args.get(name), wanted) for name, wanted in ARGUMENTS.items())
     _compare([("out_channels", args.get("out_channels", channels), channels)])
@@ -82,15 +80,13 @@ class _Node:
     """An object of the file, reduced to the name of its class and its attributes."""
     kind, state = "ModuleDict", {}  # the one class in these files that is torch's
 
-
-def _node(kind, state=None) -> _Node:
-    node = _Node()
-    node.kind, node.state = kind, state
-    return node
+    def __init__(self, *given):
+        if given:
+            self.kind, self.state = given
 
 
 def _storage(raw: bytes) -> Tensor:
-    """The numbers [n] of one tensor: the pickle holds a small torch file for each. ValueError for anything else."""
+    """The numbers [n] of a tensor, from the small torch file that the pickle holds. ValueError for anything else."""
     try:
         if raw[:2] != b"PK":  # a zip could swell; NVIDIA's are not zipped
             stored = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
@@ -110,14 +106,14 @@ def _scalar(dtype: _Node, raw: bytes) -> float | int:
 
 
 ALLOWED = {  # whole pairs: a dot inside a name could lead anywhere
-    ("torch_utils.persistence", "_reconstruct_persistent_obj"): lambda meta: _node(meta["class_name"], meta["state"]),
+    ("torch_utils.persistence", "_reconstruct_persistent_obj"): lambda meta: _Node(meta["class_name"], meta["state"]),
     ("torch.nn.modules.container", "ModuleDict"): _Node,
     ("collections", "OrderedDict"): dict,
     ("dnnlib.util", "EasyDict"): dict,
     ("torch._utils", "_rebuild_parameter"): lambda tensor, *rest: tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch.storage", "_load_from_bytes"): _storage,
-    ("numpy", "dtype"): lambda name, *rest: _node(name),
+    ("numpy", "dtype"): lambda name, *rest: _Node(name, None),
     ("numpy.core.multiarray", "scalar"): _scalar,
     ("numpy._core.multiarray", "scalar"): _scalar,  # its name from numpy 2 on
 }
@@ -132,7 +128,7 @@ class _Reader(pickle._Unpickler):
         return ALLOWED[module, name]
 
     def build(self):
-        """Set attributes of the file's own objects, never of the functions in ALLOWED."""
+        """Attributes of the file's own objects, never of the functions in ALLOWED."""
         state, node = self.stack.pop(), self.stack[-1]
         if not isinstance(node, _Node):
             raise ValueError("attributes of what is no object of the file")
@@ -143,32 +139,28 @@ class _Reader(pickle._Unpickler):
 
 
 def _fits(there, wanted) -> bool:
-    """wanted: a range of whole numbers, [range] of up to 8, (low, high) of numbers, or the value itself."""
+    """wanted: a range of whole numbers, [range] of up to 8, or the value itself."""
     if isinstance(wanted, range):
         return type(there) is int and there in wanted
     if isinstance(wanted, list):
         return isinstance(there, (list, tuple)) and len(there) <= 8 and all(_fits(v, wanted[0]) for v in there)
-    if isinstance(wanted, tuple):
-        return type(there) in (int, float) and wanted[0] <= there <= wanted[1]
     return type(there) in (int, float, bool, str) and there == wanted
 
 
 def _said(value) -> str:
-    """A value of the file in a few printable characters; of what could be long only the type."""
-    if isinstance(value, (int, float)):
-        return str(value)[:20]
-    return ascii(value[:60])[1:-1] if isinstance(value, str) else type(value).__name__
+    """A value of the file, or, of what could be long, its type."""
+    return str(value)[:60] if isinstance(value, (str, int, float)) else type(value).__name__
 
 
 def _compare(rows) -> None:
-    """rows: (path in the file, what is there, what is wanted). ValueError at the first that does not fit."""
+    """rows: (path, what is there, what is wanted). ValueError at the first that does not fit."""
     for path, there, wanted in rows:
         if not _fits(there, wanted):
             raise ValueError(f"its {_said(path)} is {_said(there)}; only {wanted} can be loaded")
 
 
 def _flat(model: _Node, places: set[str]) -> tuple[dict, dict[str, Tensor]]:
-    """{path: attribute}, {path: tensor} as in a state dict; a module out of place stays closed: a tensor too much."""
+    """{path: attribute}, {path: tensor}; a module out of place stays closed: a tensor too much."""
     attributes, tensors, todo = {}, {}, [("", model)]
     while todo:
         prefix, node = todo.pop()

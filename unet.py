@@ -1,11 +1,11 @@
-"""The ADM U-Net as EDM trains it for ImageNet-64: teacher, generators and fake denoisers of images.
+"""The ADM U-Net as EDM trains it for ImageNet-64: every network of images.
 
 Residual blocks with skip connections, self-attention at low resolutions, noise level and class entering every block as
-a scale and a shift [Dhariwal and Nichol 2021, App. A; EDM Table 7].
+a scale and a shift [Dhariwal and Nichol 2021, App. A; EDM Table 7]. Weights and embeddings are float32; on a GPU all
+between the first and the last convolution runs in bfloat16 (float16 diverges).
 
 Departures: classes are rows of a table; queries, keys and values lie in three blocks, not interleaved (snapshot.py
-translates); attention is PyTorch's fused one; dropout is 0. Weights and embeddings are float32; on a GPU what lies
-between the first and the last convolution runs in bfloat16 (float16 diverges).
+translates); attention is PyTorch's fused one; dropout is 0.
 """
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ LAPTOP = {  # ours, for 16 and 32 grey pixels on a CPU
     "XS": Size(16, (1, 1, 2), 1, (8, 4)),
     "XXS": Size(16, (1, 1, 1), 1, (8, 4)),
 }
-CIFAR = {  # ours, for 32 colour pixels
+CIFAR = {  # ours
     "B": Size(128, (1, 2, 2), 3, (16, 8)),
     "S": Size(96, (1, 2, 2), 3, (16, 8)),
     "XS": Size(64, (1, 2, 2), 2, (16, 8)),
@@ -63,7 +63,7 @@ class Norm(nn.GroupNorm):
 
 
 def zeroed(layer: nn.Module) -> nn.Module:
-    """The layer with weights and bias 0: silent at the start."""
+    """The layer, silent at the start."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
@@ -76,8 +76,7 @@ class Block(nn.Module):
 
     def __init__(self, inside: int, outside: int, embed: int, attention: bool = False, resample: str | None = None):
         super().__init__()
-        self.resample = resample
-        self.heads = outside // 64 if attention else 0
+        self.resample, self.heads = resample, outside // 64 if attention else 0
         self.norm0, self.conv0 = Norm(inside), Conv(inside, outside, 3)
         self.affine = nn.Linear(embed, 2 * outside)
         self.norm1, self.conv1 = Norm(outside), zeroed(Conv(outside, outside, 3))
@@ -97,20 +96,20 @@ class Block(nn.Module):
     def resampled(self, x: Tensor) -> Tensor:
         if self.resample == "down":
             return F.avg_pool2d(x, 2)
-        return F.interpolate(x, scale_factor=2, mode="nearest") if self.resample == "up" else x
+        return F.interpolate(x, scale_factor=2) if self.resample == "up" else x
 
     def attend(self, x: Tensor) -> Tensor:
-        """Self-attention over pixels, x [B, outside, H, W]."""
+        """Self-attention over the pixels of x."""
         qkv = self.qkv(x).flatten(2).unflatten(1, (3, self.heads, -1))  # [B, 3, heads, ch, HW]
         q, k, v = qkv.transpose(3, 4).contiguous().unbind(1)  # [B, heads, HW, ch], as fused kernels want it
         return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(x.shape)
 
 
 class UNet(nn.Module):
-    """F(x, c_noise, label) -> [..., C, H, W], for x [..., C, H, W], c_noise [...], label [...] (int64; None: no class).
+    """F(x, c_noise, label) -> [..., C, H, W], for x [..., C, H, W], c_noise [...], label [...] (None: no class).
 
     resolution: H = W; size: a Size, or its name in `sizes`. features=True: also the encoder's last output
-    [..., *bottleneck]; "only": it alone. ValueError if the resolution does not halve at every level."""
+    [..., *bottleneck]; "only": it alone. ValueError if the resolution does not halve."""
 
     def __init__(self, resolution: int, channels: int, classes: int, size: str | Size = "B", sizes: dict = SIZES):
         super().__init__()
@@ -149,20 +148,19 @@ class UNet(nn.Module):
         self.out_norm, self.out_conv = Norm(here), zeroed(Conv(here, channels, 3))
 
     def label_embeddings(self) -> Tensor:
-        """[classes, 4 width]: the columns of NVIDIA's map_label [MSD App. B.1]."""
+        """[classes, 4 width], learned: the columns of NVIDIA's map_label [MSD App. B.1]."""
         return self.map_label.weight.detach()
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None, features: bool | str = False):
-        lead = x.shape[:-3]
         turn = (c_noise.reshape(-1, 1) * self.frequency).to(self.map_layer0.weight.dtype)
         embed = self.map_layer1(F.silu(self.map_layer0(torch.cat([turn.cos(), turn.sin()], 1))))
-        embed = F.silu(embed if label is None else embed + self.map_label(label.reshape(-1)))  # [B, 4 width]
+        embed = F.silu(embed if label is None else embed + self.map_label(label.flatten()))  # [B, 4 width]
         dtype = self.precision or (torch.bfloat16 if x.is_cuda else x.dtype)
         h, skips = x.reshape(-1, *x.shape[-3:]).to(dtype), []
         for block in self.enc.values():
             h = block(h) if isinstance(block, Conv) else block(h, embed)
             skips.append(h)
-        bottleneck = h.reshape(*lead, *h.shape[1:])  # [..., channels, h, w]
+        bottleneck = h.reshape(*x.shape[:-3], *h.shape[1:])  # [..., channels, h, w]
         if features == "only":
             return bottleneck
         for name, block in self.dec.items():

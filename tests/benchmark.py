@@ -50,7 +50,7 @@ def seconds(function) -> float:
 
 
 def per_update(line: str, groups, size, pairs: int) -> float:
-    """Seconds of a DM update (regression, KL term, fake denoiser) of a stack of students of these groups of classes."""
+    """Seconds of a DM update of a stack of students of these groups of classes."""
     flags = parse(msd.Flags, msd.PRESETS, f"--reg-warmup 0 --fake-warmup 0 --select-samples 8 {line}".split())
     marks = []
     with tempfile.TemporaryDirectory() as folder:
@@ -61,7 +61,7 @@ def per_update(line: str, groups, size, pairs: int) -> float:
 
 
 def stacked(given) -> None:
-    """Milliseconds of an update of all eight students."""
+    """An update of all eight students."""
     rounds, steps, groups = (1, 4, [[0], [1]]) if given.quick else (5, 40, [[k] for k in range(8)])
     for more in ("", "--dm-weight 0"):
         for batch in (64, 256):
@@ -84,7 +84,7 @@ def updates(given) -> None:
 
 @torch.no_grad()
 def sizes(given) -> None:
-    """One-step students. Two cost: a batch of 2 against one of 1; near 1: bound by launches, near 2: by arithmetic."""
+    """Two cost: a batch of 2 against one of 1; near 1: bound by launches, near 2: by arithmetic."""
     facts, times = data.facts(given.dataset), {}
     many = 16_384 if facts.stacked else 64 if GPU or facts.native < 64 else 4
     nets = {name: edm.Precond(facts.net(1, name), facts.sigma_data).to(DEVICE) for name in given.sizes}
@@ -100,7 +100,6 @@ def sizes(given) -> None:
 
 
 def samples(given) -> None:
-    """Students of a run folder in one step, their teacher in as many as the run takes."""
     folder = Path(given.samples[0])
     found = students.load_students(folder).to(DEVICE)
     facts, router = found.facts, msd.router_of(found)
@@ -114,7 +113,6 @@ def samples(given) -> None:
 
 
 def unets(given, size: str = "XXS") -> None:
-    """Our U-Net and NVIDIA's DhariwalUNet with the same weights."""
     sys.path.append(given.unet[0])  # after ours: only its `training` and `torch_utils` are wanted
     sys.modules.setdefault("requests", types.ModuleType("requests"))  # it imports that to download files
     from training.networks import EDMPrecond

@@ -52,13 +52,13 @@ def stack(stage, flags, groups, size, out: Path, pairs: int, ranks=None) -> tupl
     return training, flags, Task(stage, students, shares, {0: given}, flags, ranks)
 
 
-def double(out: Path, name: str, micro: int = 0) -> None:
+def double(out: Path, name: str) -> None:
     """20 updates of a stage in float64, all ranks on one batch of 8, of two toy students or one of images; to OUT/weights.pt."""
     stage, house, argv = STAGES[name], *((o2mkd, O2MKD) if name == "o2mkd" else (msd, MSD))
     where, groups, size = "fashion-mnist --resolution 8", [range(3)], (16, (1, 1), 1, ())
     if name in ("toy", "o2mkd"):
         where, groups, size = "toy", [range(4), range(4, 8)], (16, 3)
-    flags = parse(house.Flags, house.PRESETS, f"--dataset {where} --save-every 10 --micro-batch {micro} {argv}".split())
+    flags = parse(house.Flags, house.PRESETS, f"--dataset {where} --save-every 10 {argv}".split())
     training, *rest = stack(stage, flags, groups, size, out, 24, common.world(torch.device("cpu")))
     kept = stage.train(training, *rest)
     if training.main:

@@ -6,6 +6,7 @@ import torch
 
 import adm
 import common
+import dmd
 import edm
 import msd
 import toy_mog
@@ -157,11 +158,21 @@ def test_gan_weight_0_is_distribution_matching_alone(tmp_path, monkeypatch, draw
     assert not drawn and common.fingerprint(heads[0]) == common.fingerprint(original((16,), [0]))
 
 
-def test_dm_weight_0_is_the_gan_alone(tmp_path):
-    """Then another teacher makes no difference."""
-    flags = options(LOOP + "--dm-weight 0")
+def test_dm_weight_0_is_the_gan_alone(tmp_path, monkeypatch):
+    """G moves its samples to where the head takes them for real; another teacher makes no difference."""
+    monkeypatch.setattr(adm.Critic, "logit", lambda self, x, sigma, label: 5 * x[..., 0])
+    flags, z, label = options(LOOP + "--dm-weight 0 --adm-lr 3e-3"), torch.randn(1, 100, 2), torch.arange(100)[None] % 8
     a, b = (trained(adm, ONE, flags, tmp_path / str(i), teacher=denoiser(seed=i))["ema.pt"] for i in (3, 4))
-    assert same(a.state_dict(), b.state_dict()) and not same(a.state_dict(), denoiser(12).state_dict())
+    assert same(a.state_dict(), b.state_dict())
+    before, after = (dmd.one_step(G, z, label)[..., 0].mean() for G in (denoiser(12), a))
+    assert after > before + 0.01
+
+
+def test_the_critic_learns_to_tell_real_from_generated(tmp_path, monkeypatch):
+    losses, original = [], adm.critic_loss
+    monkeypatch.setattr(adm, "critic_loss", lambda *logits: losses.append(original(*logits)) or losses[-1])
+    trained(adm, ONE, options(LOOP + "--adm-steps 40 --adm-batch 32 --adm-lr 0 --fake-warmup 0"), tmp_path)
+    assert torch.stack(losses[-10:]).mean() < 0.7 * torch.stack(losses[:3]).mean()
 
 
 def test_the_head_sees_its_own_bins(tmp_path, monkeypatch):
@@ -189,6 +200,7 @@ def test_adm_starts_from_the_chosen_dm_students(run, tmp_path):
     save_tensors(out / "seed0/students3/dm/best.pt", best)
     assert msd.main([*SMOKE, "--students", "3", "--stages", "dm,adm", "--adm-lr", "0", "--out", str(out)]) == 0
     assert same(*(load_tensors(out / "seed0/students3" / name / "best.pt")["net"] for name in ("dm", "adm")))
+    assert "\n0," in (out / "seed0/students3/adm/metrics.csv").read_text()  # the start is the first candidate
     results = load_json(out / "results.json")
     assert list(results["stages"]) == ["dm", "adm"] and results["students"] == results["stages"]["adm"]
     assert {p.name for p in (out / "figures").iterdir()} >= {"gan.png", "stages.png"}

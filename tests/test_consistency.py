@@ -1,4 +1,4 @@
-"""Consistency distillation: scalings, Heun's step, the loss of an exact solution map, who gets gradients, whose data."""
+"""Consistency distillation: scalings, Heun's step, the loss of an exact map, who gets gradients, whose data."""
 import math
 import runpy
 import shutil

@@ -1,6 +1,5 @@
 """Fréchet distance against closed forms, features, every source of images, and the command line."""
 import re
-import warnings
 
 import numpy as np
 import pytest
@@ -14,6 +13,8 @@ import images
 import run
 from fid import Moments, frechet_distance, statistics
 from flags import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")
 
 
 def gaussian(n, d, seed=0):
@@ -30,7 +31,16 @@ def pictures(n, seed=0, shape=(1, 16, 16), shift=0):
     return x.clamp(0, 255).to(torch.uint8), label
 
 
-# --------------------------------------------------------------------------------------------- statistics and distance
+# ------------------------------------------------ statistics and distance
+
+ZERO = torch.zeros(2)
+
+
+def by_root(mu1, cov1, mu2, cov2):
+    """With scipy's general matrix root."""
+    root = np.trace(sqrtm((cov1 @ cov2).numpy())).real
+    return ((mu1 - mu2).square().sum() + (cov1 + cov2).trace()).item() - 2 * root
+
 
 def test_diagonal_gaussians_have_a_closed_form():
     """|difference of means|^2 + sum (sqrt a - sqrt b)^2."""
@@ -45,21 +55,17 @@ def test_covariances_that_do_not_commute():
     one = torch.tensor([[2.0, 0.9], [0.9, 0.5]], dtype=torch.float64)
     two = torch.tensor([[1.0, -0.7], [-0.7, 3.0]], dtype=torch.float64)
     assert (one @ two - two @ one).abs().max() > 0.5
-    want = (one + two).trace().item() - 2 * np.trace(sqrtm((one @ two).numpy())).real
-    zero = torch.zeros(2)
-    assert frechet_distance(zero, one, zero, two) == pytest.approx(want, abs=1e-9)
-    assert frechet_distance(zero, two, zero, one) == pytest.approx(want, abs=1e-9)
-    (mu1, one), (mu2, two) = (statistics(gaussian(300, 20, s) @ gaussian(20, 20, s + 9)) for s in (1, 2))
-    want = ((mu1 - mu2).square().sum() + (one + two).trace()).item() - 2 * np.trace(sqrtm((one @ two).numpy())).real
-    assert frechet_distance(mu1, one, mu2, two) == pytest.approx(want, rel=1e-9)
+    for pair in ((ZERO, one, ZERO, two), (ZERO, two, ZERO, one)):
+        assert frechet_distance(*pair) == pytest.approx(by_root(*pair), abs=1e-9)
+    a, b = (statistics(gaussian(300, 20, s) @ gaussian(20, 20, s + 9)) for s in (1, 2))
+    assert frechet_distance(*a, *b) == pytest.approx(by_root(*a, *b), rel=1e-9)
 
 
 @pytest.mark.parametrize("n", [200, 12])
 def test_equal_is_zero_and_symmetric(n):
     a, b = statistics(gaussian(n, 32) * 3), statistics(gaussian(n, 32, 1) + 0.3)
     assert frechet_distance(*a, *a) == pytest.approx(0, abs=1e-9)
-    assert frechet_distance(*a, *b) == pytest.approx(frechet_distance(*b, *a), rel=1e-10)
-    assert frechet_distance(*a, *b) > 1
+    assert 1 < frechet_distance(*a, *b) == pytest.approx(frechet_distance(*b, *a), rel=1e-10)
 
 
 def from_samples(x, y):
@@ -74,18 +80,21 @@ def test_fewer_samples_than_features():
     """The cross term is the nuclear norm of the product of centred samples: exact where a general root is complex."""
     x, y = gaussian(15, 80, 2), gaussian(25, 80, 3) * 2
     assert frechet_distance(*statistics(x), *statistics(y)) == pytest.approx(from_samples(x, y), rel=1e-12)
-    one, zero = torch.zeros(3, 3), torch.zeros(3)
-    assert frechet_distance(zero, one, zero, torch.eye(3)) == pytest.approx(3)
+    assert frechet_distance(ZERO, torch.zeros(2, 2), ZERO, torch.eye(2)) == pytest.approx(2)
     tiny = torch.diag(torch.tensor([1.0, -1e-17, 1e-17], dtype=torch.float64))
-    assert frechet_distance(zero, tiny, zero, tiny) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(torch.zeros(3), tiny, torch.zeros(3), tiny) == pytest.approx(0, abs=1e-9)
 
 
-def test_distance_refuses_nonsense():
-    mu, cov = torch.zeros(2), torch.eye(2)
-    for bad in ((mu, cov, torch.zeros(3), cov), (mu, cov, mu, torch.eye(3)), (mu, cov, mu, cov * float("nan")),
-                (mu + float("inf"), cov, mu, cov)):
-        with pytest.raises(ValueError):
-            frechet_distance(*bad)
+EYE = torch.eye(2)
+
+
+@pytest.mark.parametrize("bad", [
+    (torch.zeros(3), EYE), (ZERO, torch.eye(3)), (ZERO, EYE * float("nan")), (ZERO + float("inf"), EYE),
+    *(statistics(x) for x in (torch.ones(1, 2), torch.ones(0, 2), torch.full((9, 2), torch.inf)))])
+def test_nonsense_is_no_distance(bad):
+    for four in ((*bad, ZERO, EYE), (ZERO, EYE, *bad)):
+        with pytest.raises(ValueError, match="finite"):
+            frechet_distance(*four)
 
 
 def test_statistics_are_numpys():
@@ -94,30 +103,21 @@ def test_statistics_are_numpys():
     assert mu.dtype == cov.dtype == torch.float64
     np.testing.assert_allclose(mu, x.double().mean(0), atol=1e-12)
     np.testing.assert_allclose(cov, np.cov(x.double().numpy(), rowvar=False), atol=1e-12)
-    for bad in (x[:1], x[:0], x[0], x * float("inf")):
-        with pytest.raises(ValueError):
-            statistics(bad)
 
 
-def test_moments_in_pieces():
+@pytest.mark.parametrize("sizes", [[101], [1, 100], [50, 0, 51], [1] * 101])
+def test_moments_in_pieces(sizes):
     """Also far from the origin, where a difference of sums of squares would lose digits."""
-    x = gaussian(101, 6) + 1000
-    mu, cov = statistics(x)
-    for sizes in ([101], [1, 100], [50, 0, 51], [1] * 101):
-        pieces = Moments()
-        for part in x.split(sizes):
-            pieces.add(part)
-        assert pieces.n == 101
-        torch.testing.assert_close(pieces.mean(), mu, rtol=1e-12, atol=0)
-        torch.testing.assert_close(pieces.cov(), cov, rtol=1e-12, atol=1e-12)
-    left, right = Moments().add(x[:30]), Moments().add(x[30:])
-    merged = Moments().merge(left).merge(right).merge(Moments())
-    torch.testing.assert_close(merged.cov(), cov, rtol=1e-12, atol=1e-12)
-    assert (left.n, right.n) == (30, 71)                            # merging leaves the others as they were
-    torch.testing.assert_close(left.cov(), statistics(x[:30])[1])
+    x, pieces = gaussian(101, 6) + 1000, Moments()
+    mu, cov = x.mean(0), torch.from_numpy(np.cov(x.numpy(), rowvar=False))
+    for part in x.split(sizes):
+        pieces.add(part)
+    assert pieces.n == 101
+    torch.testing.assert_close(pieces.mean(), mu, rtol=1e-12, atol=0)
+    torch.testing.assert_close(pieces.cov(), cov, rtol=1e-12, atol=1e-12)
 
 
-# ------------------------------------------------------------------------------------------------------------ features
+# --------------------------------------------------------------- features
 
 @pytest.fixture(scope="module")
 def classifier():
@@ -128,11 +128,10 @@ def test_classifier_learns_and_repeats(classifier):
     x, label = pictures(300, seed=5)
     with torch.no_grad():
         right = (classifier(images.to_float(x)).argmax(1) == label).float().mean()
-    assert right > 0.95 and 0.5 < classifier.accuracy <= 1
-    assert not any(p.requires_grad for p in classifier.parameters())
+    assert right > 0.95 and not any(p.requires_grad for p in classifier.parameters())
     small = []
     for seed in (2, 2, 3):
-        torch.manual_seed(77 + len(small))                          # the global generator plays no part
+        torch.manual_seed(77 + len(small))  # the global generator plays no part
         small.append(common.fingerprint(fid.train_classifier(*pictures(64), 3, seed=seed, epochs=1)))
     assert small[0] == small[1] != small[2]
 
@@ -143,17 +142,14 @@ def test_classifier_shapes(shape):
     assert 100_000 < sum(p.numel() for p in net.parameters()) < 200_000
     x, _ = pictures(7, shape=shape)
     f = net.features(x, batch=3)
-    assert f.shape == (7, 64) and f.dtype == torch.float32 and not f.requires_grad
+    assert f.shape == (7, 64) and f.dtype == torch.float32 and not f.requires_grad and net(x.float()).shape == (7, 10)
     torch.testing.assert_close(f, net.features(x))
-    assert net(x.float()).shape == (7, 10)
 
 
 def test_classifier_file(classifier, tmp_path):
-    path = tmp_path / "classifier.pt"
-    fid.save_classifier(path, classifier)
-    back = fid.extractor(path)
-    assert isinstance(back, fid.Classifier) and common.fingerprint(back) == common.fingerprint(classifier)
-    assert (back.shape, back.classes, back.accuracy) == ((1, 16, 16), 3, classifier.accuracy)
+    fid.save_classifier(tmp_path / "classifier.pt", classifier)
+    back = fid.extractor(tmp_path / "classifier.pt")
+    assert common.fingerprint(back) == common.fingerprint(classifier) and (back.shape, back.classes) == ((1, 16, 16), 3)
     assert torch.equal(back.features(pictures(5)[0]), classifier.features(pictures(5)[0]))
 
 
@@ -175,39 +171,34 @@ class Elsewhere(torch.nn.Module):
 def scripts(tmp_path_factory):
     """Folder with TorchScript files: the fake Inception, and one that is something else."""
     folder = tmp_path_factory.mktemp("scripts")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name, net in ((fid.INCEPTION, FakeInception()), ("elsewhere.pt", Elsewhere())):
-            torch.jit.script(net).save(str(folder / name))
+    for name, net in ((fid.INCEPTION, FakeInception()), ("elsewhere.pt", Elsewhere())):
+        torch.jit.script(net).save(str(folder / name))
     return folder
 
 
-def test_inception(scripts, recwarn):
-    net = fid.extractor(scripts / fid.INCEPTION)
-    assert isinstance(net, fid.Inception) and not recwarn.list
-    grey = pictures(5)[0]
+def test_inception(scripts):
+    net, grey = fid.extractor(scripts / fid.INCEPTION), pictures(5)[0]
     f = net.features(grey, batch=2)
-    assert f.shape == (5, 2048) and f.dtype == torch.float32
+    assert isinstance(net, fid.Inception) and f.shape == (5, 2048) and f.dtype == torch.float32
     assert torch.equal(f, net.features(grey.repeat(1, 3, 1, 1)))
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("elsewhere.pt", None, "not NVIDIA's"), ("missing.pt", None, "no such file"),
-    ("text.pt", b"hello", "not a readable"),
+    ("elsewhere.pt", None, "not NVIDIA's"), ("missing.pt", None, ""), ("text.pt", b"hello", "damaged"),
     ("other.pt", {"net": 1}, "not a classifier"), ("list.pt", [1], "not a classifier"),
-    ("classes.pt", {"shape": [1, 16, 16], "classes": 4, "net": {}, "accuracy": 1.0}, "not a classifier")])
+    ("classes.pt", {"shape": [1, 16, 16], "classes": 4, "net": {}}, "not a classifier")])
 def test_other_files_are_no_features(scripts, tmp_path, name, content, words):
     path = (tmp_path if content else scripts) / name
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif content:
         torch.save(content, path)
-    with pytest.raises(UserError, match=f"{name}: {words}") as error:
+    with pytest.raises((UserError, FileNotFoundError), match=f"{name}.*{words}") as error:
         fid.extractor(path)
     assert "\n" not in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------------------------- sources
+# ---------------------------------------------------------------- sources
 
 def save_npz(path, x, **more):
     """ADM's layout, from x [N, C, H, W]."""
@@ -249,7 +240,7 @@ def several_stages(place):
 @pytest.mark.parametrize("name, make, words", [
     ("nowhere", lambda p: None, "nowhere"), ("nowhere.npz", lambda p: None, "nowhere.npz"),
     ("empty", lambda p: p.mkdir(), "no .png"), ("notes.txt", lambda p: p.write_text("hello"), "notes.txt: damaged"),
-    ("runs", several_stages, "give one: .*students1.*students3"),
+    ("runs", several_stages, "give one of .*students1.*students3"),
     ("toy", lambda p: run.save_tensors(p / "samples.pt", {"x": torch.zeros(5, 2)}), "uint8 images"),
     ("names.npz", lambda p: np.savez(p, images=np.zeros(3)), "arr_0"),
     ("array.npz", lambda p: np.save(open(p, "wb"), np.zeros(3)), "array.npz: damaged"),
@@ -266,7 +257,7 @@ def test_bad_sources(tmp_path, name, make, words):
     assert "\n" not in str(error.value)
 
 
-# -------------------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------- command line
 
 @pytest.fixture
 def files(classifier, tmp_path, monkeypatch):
@@ -290,13 +281,12 @@ def distance(capsys, path, ref, features="classifier.pt"):
 def test_distance_in_the_classifier(capsys, files, classifier):
     x, y = files
     there = statistics(classifier.features(y))
-    want = frechet_distance(*statistics(classifier.features(x)), *there)
     got, out, err = distance(capsys, "images.npz", "reference.npz")
     assert out.startswith("FD (our classifier): ") and out.endswith("(150 images against reference.npz)")
     assert "warning" not in err
-    assert got == pytest.approx(want, rel=1e-3)
+    assert got == pytest.approx(frechet_distance(*statistics(classifier.features(x)), *there), rel=1e-3)
     run.save_tensors(fid.Path("run/students2/dm/samples.pt"), {"x": x})
-    np.savez("edm.npz", mu=there[0], sigma=there[1])                # EDM's layout
+    np.savez("edm.npz", mu=there[0], sigma=there[1])  # EDM's layout
     save_images(fid.Path("folder"), x)
     for path, ref in (("folder", "reference.npz"), ("run", "reference.npz"), ("images.npz", "edm.npz")):
         assert distance(capsys, path, ref)[0] == got
@@ -329,11 +319,14 @@ def test_fid(capsys, files, scripts):
     (["--images", "colour.npz", "--ref", "colour.npz"], r"\[3, 16, 16\].*\[1, 16, 16\]"),
     (["--images", "images.npz", "--ref", "other.npz"], "other.npz.*2048"),
     (["--images", "images.npz", "--ref", "infinite.npz"], "infinite.npz.*finite"),
+    (["--images", "images.npz", "--ref", "big.npz", "--features", "INCEPTION"], r"\[16, 16\].*\[32, 32\]"),
     (["--images", "images.npz", "--ref", "reference.npz", "--features", "none.pt"], "none.pt")])
-def test_misuse(capsys, files, argv, words):
+def test_misuse(capsys, files, scripts, argv, words):
     save_npz("colour.npz", pictures(8, shape=(3, 16, 16))[0])
+    save_npz("big.npz", pictures(8, shape=(1, 32, 32))[0])
     np.savez("other.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     np.savez("infinite.npz", mu=np.zeros(64), sigma=np.eye(64) + np.inf)
+    argv = [word.replace("INCEPTION", str(scripts / fid.INCEPTION)) for word in argv]
     with pytest.raises(SystemExit) as stop:
         fid.main(["--features", "classifier.pt", "--device", "cpu", *argv])
     err = capsys.readouterr().err

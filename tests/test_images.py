@@ -1,5 +1,6 @@
 """Images end to end at smoke size: the run folder, resume after kill -9 anywhere, routing, sampling, LPIPS, misuse."""
 import dataclasses
+import re
 import shutil
 
 import numpy as np
@@ -79,13 +80,6 @@ def test_selection_is_by_the_students_own_classes_of_the_data(image_run, tiny):
     distance = select(students.load_students(image_run / "seed0/students3", "ema.pt")[1])
     steps, values = read_metrics(image_run / "seed0/students3/dm")["fd"]["student1"]
     assert steps[-1] == 6 and distance.item() == pytest.approx(values[-1], rel=1e-4)
-
-
-def test_one_student_is_alone_what_it_is_beside_others_bit_for_bit(image_run, tiny, tmp_path):
-    """K = 1 of the sweep K = 1, 3, and dmd.py's command line."""
-    assert msd.main(["--students", "1", "--stages", "dm", *argv(tiny, tmp_path)]) == 0
-    a, b = (folders.load_tensors(p / "seed0/students1/dm/student0/ema.pt")["net"] for p in (image_run, tmp_path))
-    assert same(a, b)
 
 
 def test_only_the_students_that_the_labels_need_are_read_and_asked_once_a_batch(image_run, monkeypatch):
@@ -191,29 +185,18 @@ def test_lpips_without_weights_says_which_file_to_put_where(capsys, tiny, tmp_pa
 # -------------------------------------------------------------- misuse
 
 @pytest.mark.parametrize("more, words", [
-    (["--teacher", "{run}/seed0/teacher/ema.pt", "--resolution", "32"], ["--teacher", "16, 16", "32, 32"]),
-    (["--teacher", "{run}/seed0/teacher/ema.pt", "--dataset", "toy"], ["--teacher", "10 classes"]),
-    (["--teacher", "none.pkl"], ["none.pkl"]), (["--features", "nowhere.pt"], ["nowhere.pt"]),
-    (["--resolution", "20"], ["--resolution 20"]), (["--micro-batch", "3"], ["--micro-batch 3"])])
+    ("--teacher {run}/seed0/teacher/ema.pt --resolution 32", "16, 16"), ("--teacher {run}/seed0/teacher/ema.pt --dataset toy", "10 classes"),
+    ("--teacher none.pkl", "none.pkl"), ("--features nowhere.pt", "nowhere.pt"), ("--resolution 20", "--resolution 20"),
+    ("--micro-batch 3", "--micro-batch 3")])
 def test_refused_before_anything_is_made(capsys, image_run, tiny, tmp_path, more, words):
-    line = refused(capsys, msd.main, argv(tiny, tmp_path, *(w.format(run=image_run) for w in more)))
-    assert all(w in line for w in words) and not list(tmp_path.rglob("*.pt"))
-
-
-def test_gpu_memory(capsys, tiny, tmp_path, monkeypatch):
-    def full(*a, **k):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(edm, "denoising_loss", full)
-    assert "--micro-batch" in refused(capsys, msd.main, argv(tiny, tmp_path, "--students", "1"))
+    line = refused(capsys, msd.main, argv(tiny, tmp_path, *more.format(run=image_run).split()))
+    assert words in line and not list(tmp_path.rglob("*.pt"))
 
 
 def test_files_of_a_run_that_are_not_what_they_were(capsys, image_run, tiny, tmp_path):
-    """Cut-off metrics are drawn; a damaged shard and other images are refused."""
+    """A damaged shard, other images."""
     copy = tmp_path / "copy"
     shutil.copytree(image_run, copy)
-    path = copy / "seed0/students3/dm/student1/metrics.csv"
-    path.write_text(path.read_text() + "6,1.2")
-    assert draw(copy)
     (copy / "seed0/pairs/40/pairs-0000.pt").write_bytes(b"half")
     assert "pairs-0000.pt" in refused(capsys, msd.main, argv(tiny, copy))
     shutil.copytree(tiny, tmp_path / "other")
@@ -221,15 +204,13 @@ def test_files_of_a_run_that_are_not_what_they_were(capsys, image_run, tiny, tmp
     assert f"{copy}/data was made with other flags" in refused(capsys, msd.main, argv(tmp_path / "other", copy))
 
 
-@pytest.mark.parametrize("students", [4, 64])
-def test_imagenet_dry_run_needs_neither_data_nor_weights(capsys, tmp_path, monkeypatch, students):
+def test_imagenet_dry_run_needs_neither_data_nor_weights(capsys, tmp_path, monkeypatch):
+    """[MSD App. D.2.1]"""
     monkeypatch.chdir(tmp_path)
-    assert msd.main(["--dataset", "imagenet64", "--students", str(students), "--dry-run"]) == 0
+    assert msd.main(["--dataset", "imagenet64", "--students", "64", "--dry-run"]) == 0
     text = capsys.readouterr().out
-    for words in ("295,899,267", "GiB", f"K = {students}", "10,000 times 511 evaluations"):
-        assert words in text
-    rows = {line.split()[0]: line for line in text.splitlines() if line.lstrip().startswith("--")}
-    for flag, value in (("lr", "2e-06"), ("steps", "200000"), ("clip-norm", "10.0"), ("reg-weight", "0.25"), ("distance", "lpips"),
-                        ("sampler-steps", "256"), ("pairs", "10000"), ("beta2", "0.999"), ("bins", "20 980"), ("fake-bins", "0 999")):
-        assert f" {value} " in rows[f"--{flag}"] and "preset" in rows[f"--{flag}"], flag
+    assert all(words in text for words in ("295,899,267", "GiB", "K = 64", "10,000 times 511 evaluations"))
+    for row in ("lr 2e-06", "steps 200000", "clip-norm 10.0", "reg-weight 0.25", "distance lpips", "sampler-steps 256", "pairs 10000",
+                "beta2 0.999", "bins 20 980", "fake-bins 0 999"):
+        assert re.search(rf"--{row.replace(' ', ' +', 1)} +preset", text), row
     assert not list(tmp_path.iterdir())

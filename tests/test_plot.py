@@ -241,8 +241,8 @@ def test_samples(tmp_path, drawn):
     for n in (1, 300):
         x, label = samples("l1", n, 10)
         for names in (["students"], ["teacher", "students", "another"]):
-            arrays = {"label": label.numpy(), **{name: x.numpy() for name in names}}
-            plot.save(plot.scatter(arrays, names), tmp_path / f"scatter{n}-{len(names)}.png")
+            fig, _ = plot.scatter(dict.fromkeys(names, x), label, 10, "class")
+            plot.save(fig, tmp_path / f"scatter{n}-{len(names)}.png")
     for n, columns, panels in ((1, 1, 1), (4, 2, 3), (64, 8, 2), (400, 20, 1), (60, 5, 12)):
         images = {f"{i} students, 79 evaluations in turn": samples("fd", n, 10)[0] for i in range(panels)}
         plot.save(plot.image_panels(images, columns), tmp_path / f"images{n}.png")

@@ -48,6 +48,7 @@ def test_micro_batches_are_the_whole_batch(tmp_path, double, stage):
     whole, parts = (states(stage, one, tmp_path / micro, f"--micro-batch {micro}") for micro in "02")
     for k, v in whole.items():
         torch.testing.assert_close(parts[k], v, atol=1e-10, rtol=1e-10)
+    assert not torch.allclose(whole["ema.pt net.w_out"], denoiser(12).net.w_out)  # and it has learnt something
 
 
 @every_loop
@@ -59,6 +60,8 @@ def test_resume_bit_for_bit(tmp_path, monkeypatch, stage):
         kill_after(patch, stage.NAME, 15)
         states(stage, group, tmp_path / "killed", more)
     assert load_tensors(tmp_path / "killed/state.pt")["step"] == 12
+    with open(tmp_path / "killed/metrics.csv", "a") as file:
+        file.write("14,1.0,0,l1,9\n")  # as if it had died between the rows and the checkpoint of step 18
     assert same(whole, states(stage, group, tmp_path / "killed", more))
     rows = []
     for name in ("whole", "killed"):
