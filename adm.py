@@ -20,9 +20,9 @@ nothing. More: docs/faq.md.
 
 Departures from the paper
  1. "Middle block", "probability": the encoder's last block and a logit, as in the code that the paper builds on.
- 2. Head from random weights, noise over all bins, TTUR of 5: not stated in the paper; DMD2's. What counts as an
-    iteration is not stated either: --adm-steps counts updates of G (DMD2 counts those of mu_fake).
-On the toy and on the small images also
+ 2. "Re-initialize the fakescore and GAN classifier model from teacher weights" (App. D.2.1): the teacher has no
+    head, so the head is random. Noise over all bins, TTUR of 5: DMD2's. --adm-steps counts updates of G (DMD2: of
+mu_fake). On the toy and on the small images also
  3. TTUR of 2; mu_fake and head get a head start (--fake-warmup) at G's first update; larger learning rates that decay;
     an average of G's weights is kept, and its start is a candidate for the best checkpoint.
  4. The toy: a small MLP for a head on ToyNet's middle layer, GAN weights 0.03 and 1, and the head sees bins 0 to 100 of
@@ -44,7 +44,7 @@ from common import AdamW, Average, Batch, generator, learning_rate
 from edm import level
 from flags import Bins, flag
 
-NAME, BY = "adm", "data"  # what a student's best checkpoint is nearest to
+NAME, BY = "adm", "real_select"  # the reference that a student's best checkpoint is nearest to: data
 USES = {name: f"dm.{name}" for name in ("beta1", "beta2", "decay", "warmup", "clip_norm", "ema", "dm_weight", "draws",
                                         "bins", "fake_bins", "normaliser", "select_samples", "eval_every")}
 USES |= {"adm_fake_warmup": "dm.fake_warmup", "real": "real"}
@@ -162,10 +162,10 @@ def length(flags) -> tuple[int, int]:
     return flags.adm.steps, flags.adm.batch
 
 
-def train(run, flags, task) -> dict:
+def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
     """Train the stack task.G against the critic [MSD Eq. 2, second line]; returns {file: the weights to keep in it}.
 
-    task.teacher, task.mu_fake: denoisers (x, sigma, label) -> [M, b, *shape]; task.real: D_real; see students.Task."""
+    task.teacher, task.mu_fake: denoisers (x, sigma, label) -> [M, b, *shape]; task.real: draws from D_real."""
     f, dm, G, gan = flags.adm, flags.dm, task.G, flags.adm.gan_weight > 0
     head = Head(task.mu_fake.net.bottleneck, [s.seed for s in run.students]).to(run.ranks.device)
     critic = Critic(task.mu_fake, head)                             # mu_fake starts again as the teacher
@@ -178,7 +178,7 @@ def train(run, flags, task) -> dict:
         if step == 0:
             average.choose(run, 0)                                  # stage 1's checkpoint is the first candidate
         rate = learning_rate(1.0, step, f.steps, dm.warmup, dm.decay)
-        fooled = real = fake = told_apart = None                    # without a GAN
+        gan_G = gan_critic = logit_real = logit_fake = None                     # without a GAN
 
         # the generator's turn; the critic is only looked at
         critic.requires_grad_(False)
@@ -191,9 +191,9 @@ def train(run, flags, task) -> dict:
             grad, _ = dmd.kl_gradient(x, label, sigma, noise, task.teacher, critic, dm.normaliser)
             losses = dm.dm_weight * dmd.dm_loss(x, grad)            # [MSD Eq. 6]
             if gan:
-                fooled = generator_loss(critic.logit(*noised(x, batch.named("gan {}"), f.gan_bins), label))
-                losses = losses + f.gan_weight * fooled             # [MSD App. I.3]
-            pushes = gan_metrics(x, grad, fooled, dm.dm_weight, f.gan_weight) if (step + 1) % 50 == 0 else {}
+                gan_G = generator_loss(critic.logit(*noised(x, batch.named("gan {}"), f.gan_bins), label))
+                losses = losses + f.gan_weight * gan_G             # [MSD App. I.3]
+            pushes = gan_metrics(x, grad, gan_G, dm.dm_weight, f.gan_weight) if (step + 1) % 50 == 0 else {}
             opt_G.backward(losses)
             made.append((x.detach(), label))
         opt_G.step(step, f.lr * rate)
@@ -202,46 +202,46 @@ def train(run, flags, task) -> dict:
         # the critic's turns: the first on the samples just made, the others on fresh ones; at step 0 a head start
         critic.requires_grad_(True)
         head.requires_grad_(gan)
-        warmup = dm.fake_warmup if step == 0 else 0
+        head_start = dm.fake_warmup if step == 0 else 0
         before = step * f.ttur + (dm.fake_warmup if step else 0)    # turns before this step: which real data come next
-        for turn in range(f.ttur + warmup):
+        for turn in range(f.ttur + head_start):
             for i, batch in enumerate(run.batches(step, f"fake {{}} {turn}")):
                 x, label = made[i] if turn == 0 else dmd.fresh(G, batch)
                 sigma = level(batch.integers("sigma", *dm.fake_bins))                           # [M, b]
                 losses = fake_losses = edm.denoising_loss(critic, x, label, sigma, batch.normal("noise"))  # [MSD Eq. 8]
                 if gan:
                     x_real, y = task.real(batch, before + turn)     # of Y_k
-                    real = critic.logit(*noised(x_real, batch.named(f"real {turn} {{}}"), f.gan_bins), y)
-                    fake = critic.logit(*noised(x, batch.named(f"fake {turn} {{}}"), f.gan_bins), label)
-                    told_apart = critic_loss(real, fake)
-                    losses = losses + f.critic_weight * told_apart  # [MSD App. I.3]
+                    logit_real = critic.logit(*noised(x_real, batch.named(f"real {turn} {{}}"), f.gan_bins), y)
+                    logit_fake = critic.logit(*noised(x, batch.named(f"fake {turn} {{}}"), f.gan_bins), label)
+                    gan_critic = critic_loss(logit_real, logit_fake)
+                    losses = losses + f.critic_weight * gan_critic  # [MSD App. I.3]
                 opt_critic.backward(losses)
             opt_critic.step(step, f.fake_lr * (rate if step else 1.0))
 
         if (step + 1) % 50 == 0:
-            run.log(step + 1, **pushes, **critic_metrics(fake_losses, told_apart, real, fake))
+            run.log(step + 1, **pushes, **critic_metrics(fake_losses, gan_critic, logit_real, logit_fake))
         if (step + 1) % dm.eval_every == 0 or step + 1 == f.steps:
             average.choose(run, step + 1)                           # each student by its own classes [MSD App. E]
         run.save(step + 1, state)
     return {"best.pt": average.best, "ema.pt": average.now}
 
 
-def gan_metrics(x: Tensor, grad: Tensor, fooled: Tensor | None, dm_weight: float, gan_weight: float) -> dict:
+def gan_metrics(x: Tensor, grad: Tensor, gan_G: Tensor | None, dm_weight: float, gan_weight: float) -> dict:
     """How hard DM term and GAN push a sample: RMS [M, b] of each weighted loss's gradient in x; the GAN loss of G."""
     def rms(v: Tensor) -> Tensor:
         return edm.per_sample(v.detach() ** 2).sqrt()
     out = {"push of the DM term": dm_weight * rms(grad) / grad[0, 0].numel()}
-    if fooled is not None:
-        push, = torch.autograd.grad(fooled.sum(), x, retain_graph=True)
-        out |= {"GAN loss of G": fooled, "push of the GAN": gan_weight * rms(push)}
+    if gan_G is not None:
+        push, = torch.autograd.grad(gan_G.sum(), x, retain_graph=True)
+        out |= {"GAN loss of G": gan_G, "push of the GAN": gan_weight * rms(push)}
     return out
 
 
-def critic_metrics(fake_losses: Tensor, told_apart: Tensor | None, real: Tensor | None, fake: Tensor | None) -> dict:
+def critic_metrics(fake_losses: Tensor, gan_critic: Tensor | None, real: Tensor | None, fake: Tensor | None) -> dict:
     """Of a critic's last turn, [M, b]: its losses, and which samples it took rightly for real and for generated."""
-    if told_apart is None:
+    if gan_critic is None:
         return {"fake loss": fake_losses}
-    return {"fake loss": fake_losses, "GAN loss of the critic": told_apart, "right on real": (real > 0).float(),
+    return {"fake loss": fake_losses, "GAN loss of the critic": gan_critic, "right on real": (real > 0).float(),
             "right on fake": (fake < 0).float()}
 
 

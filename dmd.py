@@ -10,18 +10,18 @@ teacher. Two flags choose between the paper's two variants of DM:
   the fake denoiser's loss               [MSD Eq. 8]               edm.denoising_loss
   regression loss on the pairs           [MSD Eq. 9]               regression_loss, lpips_distance
 
-The paper does not say how a student's best checkpoint is found: here by the judge, on its own classes. Not here: the
-partition and F_DM (msd.py), the pairs (teacher.py), the adversarial head (adm.py).
+Not here: the partition and F_DM (msd.py), the pairs (teacher.py), the adversarial head (adm.py).
 
 Departures from the paper, on the toy (`--preset paper`: App. D.1's numbers; where it is silent, D.2.1's and DMD's)
  1. G first trains by regression alone (--reg-warmup; precedent: App. D.4), mu_fake gets a head start (--fake-warmup):
     at sigma = 80 the teacher's weights say "class mean", and from there the KL term loses modes.
- 2. w_t = 1 / c_out(sigma): the paper's 1 / mean |x - mu_real| is, in 2-D, a mean of two numbers and often near 0.
+ 2. w_t = sigma^2 / c_out(sigma): the paper's sigma^2 / mean |x - mu_real| divides, in 2-D, by a mean of two numbers.
  3. The KL term sees bins 0 to 450 of 1000 (sigma <= 1.6), not 0 to 749: the rings have radius 0.1. So does mu_fake.
  4. Four noise draws per sample, one per quarter of the bins, averaged: they need no backward pass through G.
  5. AdamW betas (0.5, 0.99): mu_fake lags behind G, and momentum 0.9 turns that lag into oscillation: modes come and go.
  6. 64 000 pairs at weight 1, not 1 000 at 0.25 (`--preset few-pairs`); RMS distance for LPIPS, which needs images.
- 7. An average of G's weights is kept, at the best of several evaluations on draws that are not reported.
+ 7. An average of G's weights is kept, at the best of several evaluations on latents that are not reported [App. E].
+ 8. 3 000 updates at 1e-2 and 5e-3 that decay linearly, not 200 000 at 1e-7.
 On the small images (fashion-mnist): 1, 5, 7, larger learning rates that decay linearly, and the RMS distance for LPIPS,
 which costs a hundred times the network; w_t, bins, pairs and the weight 0.25 are the paper's.
 
@@ -41,7 +41,7 @@ from common import AdamW, Average, Batch, learning_rate
 from edm import level
 from flags import Bins, UserError, flag
 
-NAME, BY = "dm", "teacher"  # what a student's best checkpoint is nearest to
+NAME, BY = "dm", "select"  # the reference that a student's best checkpoint is nearest to
 USES = dict(sampler_steps="teacher.sampler_steps")  # what its result depends on beside its own flags
 
 
@@ -63,7 +63,7 @@ class Flags:
     dm_weight: float = flag(1.0, "weight of the KL term; 0 = regression only", low=0)
     reg_weight: float = flag(1.0, "weight of the regression term beside the KL term; 0 = none", low=0)
     reg_warmup: int = flag(1000, "first updates of G by regression alone (its weight is then 1)", low=0)
-    fake_warmup: int = flag(400, "updates of the fake denoiser before the KL term sets in, and at ADM's start", low=0)
+    fake_warmup: int = flag(400, "head start of mu_fake: its updates before the KL term, and at ADM's start", low=0)
     ttur: int = flag(1, "updates of the fake denoiser per update of G", low=1)
     draws: int = flag(4, "noise draws per generated sample in the KL term", low=1)
     bins: Bins = flag(Bins(0, 450), "lowest and highest noise bin of the KL term, of 1000")
@@ -77,7 +77,7 @@ class Flags:
     eval_every: int = flag(250, "updates between these evaluations", low=1)
 
 
-# DMD, where the paper is silent: 1:1, bins 20 to 980 for the KL term and all for mu_fake, no EMA
+# DMD, where the paper is silent: 1:1, bins 20 to 980 for the KL term and all for mu_fake, warm-up, no EMA
 DMD = dict(beta1=0.9, beta2=0.999, decay="constant", warmup=500, clip_norm=10.0, ema=0.0, reg_weight=0.25, reg_warmup=0,
            fake_warmup=0, draws=1, bins=(20, 980), fake_bins=(0, 999), normaliser="mean_abs")
 PRESETS = {
@@ -100,7 +100,7 @@ PRESETS = {
                                  pairs=100_000, select_samples=10_000, eval_every=5000),
     ("cifar10", "smoke"): dict(steps=3, batch=2, reg_warmup=1, fake_warmup=1, warmup=1, pairs=20, eval_every=3,
                                select_samples=20),
-    # [MSD App. D.2.1] to the letter; batches of smaller students: D.2.2 (S), B.6 (XS, XXS)
+    # [MSD App. D.2.1]; batches of smaller students: D.2.2 (S), B.6 (XS, XXS)
     ("imagenet64", "default"): dict(DMD, steps=200_000, batch=128, lr=2e-6, reg_lr=2e-6, fake_lr=2e-6, distance="lpips",
                                     pairs=10_000, select_samples=10_000, eval_every=5000),
     ("imagenet64", "default", "S"): dict(batch=160),
@@ -223,15 +223,16 @@ def schedule(f: Flags, step: int) -> tuple[bool, float, float, int]:
     kl = step >= first
     begin, end = (first, f.steps) if kl else (0, first)
     rate = learning_rate(1.0, step - begin, end - begin, f.warmup, f.decay)
-    if f.fake_warmup > 0 and step + 1 == max(1, first) < f.steps:  # the head start
+    if f.fake_warmup > 0 and step == max(0, first - 1) and first < f.steps:  # the head start
         return kl, rate * (f.lr if kl else f.reg_lr), f.fake_lr, f.fake_warmup
     return kl, rate * (f.lr if kl else f.reg_lr), f.fake_lr * rate, f.ttur if kl else 0
 
 
-def train(run, flags, task) -> dict:
-    """Distil the stack task.G by distribution matching [MSD Eq. 2]; returns {file: the weights to keep in it}.
+def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
+    """Distil the stack task.G by distribution matching [MSD Eq. 2, first line]; returns {file: the weights to keep
+    in it}.
 
-    task.teacher, task.mu_fake: denoisers (x, sigma, label) -> [M, b, *shape]; task.pairs: D_paired; students.Task."""
+    task.teacher, task.mu_fake: denoisers (x, sigma, label) -> [M, b, *shape]; task.pairs: draws from D_paired."""
     f, G, mu_fake = flags.dm, task.G, task.mu_fake                  # mu_fake starts as the teacher; so may G
     betas = f.beta1, f.beta2
     average = Average(G, f.ema, task.select)                        # of G's weights; of each student the best, too
@@ -272,7 +273,8 @@ def train(run, flags, task) -> dict:
             opt_fake.step(step, fake_lr)
 
         if (step + 1) % 50 == 0:
-            run.log(step + 1, regression=regression, gap=gap, **edm.by_band(fake_losses, sigma, "fake loss"))
+            bands = edm.by_band(fake_losses, sigma, "fake loss")    # of the last micro-batch, as all that is logged
+            run.log(step + 1, regression=regression, gap=gap, **bands)
         if (step + 1) % f.eval_every == 0 or step + 1 == f.steps:
             average.choose(run, step + 1)                           # each student by its own classes [MSD App. E]
         run.save(step + 1, state)

@@ -45,10 +45,10 @@ class Flags:
     size: str = flag("", "its size: B, S, XS or XXS; none = B", choices=("", "B", "S", "XS", "XXS"))
     steps: int = flag(7000, "updates of the teacher", low=1)
     batch: int = flag(384, "batch of the teacher", low=1)
-    lr: float = flag(1e-2, "its learning rate (AdamW), and TSM's schedule", low=0)
+    lr: float = flag(1e-2, "its learning rate (AdamW)", low=0)
     decay: str = flag("cosine", "schedule of its learning rate, and of TSM's", choices=("cosine", "linear", "constant"))
     ema: float = flag(0.998, "decay of the average of its weights", low=0, below=1)
-    noise_law: str = flag("lognormal", "of sigma in training: ln sigma ~ N(P_mean, P_std^2), or 1000 equal bins",
+    noise_law: str = flag("lognormal", "of sigma in training: ln sigma ~ N(P_mean, P_std^2), or 1000 bins alike",
                           choices=("lognormal", "bins"), name="noise_law")
     P_mean: float = flag(-2.5, "mean of ln sigma", name="P_mean")
     P_std: float = flag(1.5, "standard deviation of ln sigma", low=0, name="P_std")
@@ -215,7 +215,7 @@ SAMPLERS = {"heun": heun, "ddim": ddim}
 
 
 def evaluations(steps: int, sampler: str = "heun") -> int:
-    """Of the network, for one sample."""
+    """Of the network, to make one sample."""
     return 2 * steps - 1 if sampler == "heun" else steps
 
 
@@ -240,7 +240,7 @@ def length(flags) -> tuple[int, int]:
     return flags.teacher.steps, flags.teacher.batch
 
 
-def train(run, flags, task) -> dict:
+def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
     """Train the stack of denoisers task.G, one per seed, on task.real; returns {file: the weights to keep in it}."""
     f, D = flags.teacher, task.G
     average, opt = Average(D, f.ema), AdamW(D, run)

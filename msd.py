@@ -115,7 +115,7 @@ def filter_dm(D: Data, Y_k: Tensor) -> Data:
 
 
 def filter_adm(D: Data, Y_k: Tensor) -> Data:
-    """F_ADM(D, Y_k) = (D_real of Y_k, C_{Y_k}): the head, too, sees Y_k alone [MSD Sec. 3.2].
+    """F_ADM(D, Y_k) = (D_real, C_{Y_k}) [MSD Sec. 3.2], D_real read as that of Y_k: the head, too, sees Y_k alone.
 
     UserError if D_real has none."""
     real = Y_k[torch.isin(Y_k, D.real)]
@@ -146,7 +146,7 @@ def partition(classes: int, K: int, how: str = "consecutive", embeddings: Tensor
     """[Y_1, …, Y_K], sorted, disjoint and covering [MSD Sec. 3.1]. UserError if K is out of range, or a part empty.
 
     consecutive: blocks in numerical order [MSD Sec. 4.1]; random: of a permutation; kmeans: clusters of the conditions'
-    embeddings [classes, d], of unequal sizes [MSD App. B.1]; quadrant: for text [MSD Sec. 4.2]; else a file."""
+    embeddings [classes, d], of unequal sizes [MSD App. B.1]; quadrant: for text [MSD App. D.3.1]; else a file."""
     if not 1 <= K <= classes:
         raise UserError(f"--students {K}: from 1 to {classes}, the number of classes")
     if how == "consecutive":
@@ -164,7 +164,8 @@ def partition(classes: int, K: int, how: str = "consecutive", embeddings: Tensor
 
 
 def quadrant(embeddings: Tensor) -> Tensor:
-    """Which quadrant the first two entries of embeddings [..., d] lie in: 0 to 3, counter-clockwise [MSD Sec. 4.2]."""
+    """Which quadrant the first two entries of embeddings [..., d] lie in: 0 to 3, counter-clockwise [MSD App.
+    D.3.1]."""
     right, up = embeddings[..., 0] >= 0, embeddings[..., 1] >= 0
     return torch.where(up, torch.where(right, 0, 1), torch.where(right, 3, 2))
 
@@ -273,7 +274,8 @@ def route(students: Students, router: Router, z: Tensor, label: Tensor) -> Tenso
 def generate(folder, label: Tensor, seeds) -> Tensor:
     """One-step samples x [B, *shape] of the classes label [B] (of toy-prompts also embeddings [B, d]).
 
-    seeds: B integers; each is a latent, whatever else is in the batch. folder: runs/toy/seed0/students8, or Students."""
+    seeds: B integers; each is a latent, whatever else is in the batch. folder: runs/toy/seed0/students8, or
+    Students."""
     students = (folder if isinstance(folder, Students) else load_students(folder)).to(label.device)
     z = common.latents(seeds, students.facts.shape).to(label.device)
     return route(students, router_of(students), z, label)
@@ -305,7 +307,7 @@ def samplers(flags: Flags, device):
                     best.seconds, lambda z, label: sampled(last, router, z, label, device), per_class=True)
 
 
-def bound(flags: Flags, given: teacher.Given, device) -> dict:
+def cd_bound(flags: Flags, given: teacher.Given, device) -> dict:
     """What a perfect f of CD gives: the distances of the N-point Heun sampler's own samples. Made once and kept."""
     facts, N, m = given.facts, flags.cd.points, given.facts.metric
     judged = "" if facts.stacked else run.suffix(Path(flags.run.features).stem or "classifier")
@@ -334,7 +336,7 @@ def report(flags: Flags, inputs: dict, parts: dict, device) -> int:
     facts, more, first = facts_of(flags), {"partition": {}}, next(iter(inputs.values()))
     rows = evaluate.measure_all(samplers(flags, device), inputs, flags.run.eval_samples)
     if "cd" in rows:
-        bounds = [bound(flags, given, device) for given in inputs.values()]
+        bounds = [cd_bound(flags, given, device) for given in inputs.values()]
         more["bound"] = {**evaluate.summary(bounds), "points": flags.cd.points}
     for K in flags.students:
         alike = [likeness(parts[seed, K], given.embeddings()) for seed, given in inputs.items()]
@@ -342,7 +344,7 @@ def report(flags: Flags, inputs: dict, parts: dict, device) -> int:
                                      "within": [a for a, _ in alike], "between": [b for _, b in alike]}
     configs = {}
     for stage, _ in stages_of(flags):
-        before = flags.stages.partition(stage.NAME)[0]
+        before = flags.order()[:flags.order().index(stage.NAME)]
         own = {"partition": flags.partition, "student_size": flags.student_size, "begin": before or flags.init}
         configs[stage.NAME] = {**first.ancestry, **settings(flags, stage.NAME, stage.USES), **own}
     size = flags.student_size or flags.teacher.size or facts.sizes[0]
@@ -376,8 +378,8 @@ def plan(flags: Flags) -> int:
     print(title(flags) + "\n" + describe(flags))
     for K in flags.students:
         print(f"K = {K}: {K * s:,} parameters, of which a sample uses {s:,}; " + (
-            "one stack on all ranks" if facts.stacked else f"{K} ranks: one a student; {2 * K}: two a student, that share "
-            "its batch; fewer: students in turn"))
+            "one stack on all ranks" if facts.stacked else f"{K} ranks: one a student; {2 * K}: two, that share its "
+            "batch; fewer: students in turn"))
         if flags.partition == "consecutive":
             print("  classes " + " | ".join(f"{Y_k[0]}-{Y_k[-1]}" for Y_k in partition(facts.classes, K)))
     gib = {name: n * 4 / 2 ** 30 for name, n in held.items()}
@@ -410,8 +412,8 @@ def main(argv=None) -> int:
                     students.append(first_start(flags, Student(seed, K, k, tuple(Y_k.tolist())), given))
 
     for stage, F in stages_of(flags):                                       # each from the best of the one before
-        D_k = [F(inputs[s.seed].D, torch.tensor(s.classes)) for s in students]
-        students = distil(stage, students, D_k, inputs, flags, ranks)       # G_k = Distill(mu_teacher, D_k)
+        shares = [F(inputs[s.seed].D, torch.tensor(s.classes)) for s in students]       # D_k of each
+        students = distil(stage, students, shares, inputs, flags, ranks)    # G_k = Distill(mu_teacher, D_k)
 
     measured = {*flags.order()} & {*ONE_STEP} and ranks.rank == 0 and flags.student < 0
     code = report(flags, inputs, parts, ranks.device) if measured else 0

@@ -13,7 +13,7 @@ import torch
 from common import AdamW, Average, learning_rate
 from dmd import one_step, regression_loss
 
-NAME, BY = "post", "data"  # what a student's best checkpoint is nearest to
+NAME, BY = "post", "real_select"  # the reference that a student's best checkpoint is nearest to: data
 USES = {name: f"dm.{name}" for name in ("batch", "beta1", "beta2", "decay", "warmup", "clip_norm", "ema", "distance",
                                         "select_samples", "eval_every")}
 USES |= {"post_lr": "dm.reg_lr", "student_size": "student_size"}
@@ -24,7 +24,7 @@ def length(flags) -> tuple[int, int]:
     return flags.tsm.steps + flags.dm.steps + flags.adm.steps, flags.dm.batch
 
 
-def train(run, flags, task) -> dict:
+def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
     """Train the stack task.G to imitate the frozen task.imitated; returns {file: the weights to keep in it}."""
     f, G, (steps, _) = flags.dm, task.G, length(flags)
     average, opt_G = Average(G, f.ema, task.select), AdamW(G, run, (f.beta1, f.beta2), f.clip_norm)

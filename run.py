@@ -79,7 +79,8 @@ def device(name: str) -> torch.device:
     if name in ("auto", "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun: a GPU per rank
     try:
-        found = torch.zeros(1, device="cpu" if name == "auto" else name).device
+        found = torch.device("cpu" if name == "auto" else name)
+        torch.zeros(1, device=found)
         if found.type == "cuda":
             torch.cuda.set_device(found)
     except (RuntimeError, AssertionError) as error:
@@ -95,7 +96,7 @@ def start(flags: Flags) -> Ranks:
 # --------------------------------------------------------------- files
 
 def write_atomic(path: Path, write) -> None:
-    """`write(temporary_path)`, then rename: the file is old or new, never half. UserError if it can't be."""
+    """`write(temporary_path)`, then rename: the file is old or new, never half. UserError if it can't be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")
     try:
@@ -104,7 +105,7 @@ def write_atomic(path: Path, write) -> None:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save's, of a full disk
-        raise UserError(f"cannot write {path}; what was saved before is intact: {error}") from None
+        raise UserError(f"cannot write {path} (disk full?); what was saved before is intact: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 

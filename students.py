@@ -100,7 +100,7 @@ class Start:
 
 
 def random_start(facts: data.Facts, size, seed: int) -> Start:
-    """Fresh weights, the same for all students of a seed."""
+    """Fresh weights, the same for all students of a seed; ToyNet's are the same for all seeds."""
     def load():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(edm.PYTORCH_SEED + seed)
@@ -141,7 +141,7 @@ def first_start(flags, s: Student, given) -> Student:
         start = Start("teacher", given.size, lambda: given.net)
     elif init == "random":
         start = random_start(given.facts, size, s.seed)
-    elif stage == "tsm":
+    elif init == "tsm":
         start = start_from(tsm_home(flags, s, size), "ema.pt", 0 if flags.tsm.common else s.k)
     elif stage in ONE_STEP:
         start = start_from(stage_folder(flags, s.seed, s.K, stage, tag), "best.pt", s.k, s.classes)
@@ -218,16 +218,16 @@ def imitated(flags, s: Student) -> Start:
 class Selection:
     """select(G) -> [M]: the distance of each student's samples of its own classes from the reference's [MSD App. E].
 
-    by: "teacher" or "data"; latents and reference are other draws than the reported ones. Ranks share the samples."""
+    by: the reference, "select" (of images: the data) or "real_select"; toy: another draw than the reported one, as the
+    latents are. Ranks share the samples."""
 
     def __init__(self, by: str, students: list[Student], inputs: dict, samples: int, ranks: Ranks):
         given = inputs[students[0].seed]
         self.facts, self.judge, self.ranks = given.facts, given.judge, ranks
-        self.name = self.facts.metric + "_data" * (by == "data")
+        self.name = self.facts.metric + "_data" * (by == "real_select")
         self.of, self.students = students, len(students)
         self.samples = samples - samples % ranks.size
-        kind = "real_select" if by == "data" else "select"
-        self.references = {seed: g.references[kind] for seed, g in inputs.items()}
+        self.references = {seed: g.references[by] for seed, g in inputs.items()}
 
     @torch.no_grad()
     def __call__(self, G) -> Tensor:
@@ -338,14 +338,14 @@ def distil(stage, students: list[Student], shares: list, inputs: dict, flags, ra
     config.json also holds. The toy's students train as one stack, on all ranks; images have a folder per student, and
     the students of one K go to ranks of their own."""
     facts, files = inputs[students[0].seed].facts, ("best.pt", "ema.pt") if stage.BY else ("ema.pt",)
-    trained = students
+    trainees = students
     if stage is tsm:  # from random weights; of all, one network a seed
         size, classes = flags.student_size or inputs[students[0].seed].size, tuple(range(facts.classes))
-        trained = [replace(s, start=random_start(facts, size, s.seed)) for s in students]
+        trainees = [replace(s, start=random_start(facts, size, s.seed)) for s in students]
         if flags.tsm.common:
-            trained = [replace(s, K=1, k=0, classes=classes) for s in trained]
+            trainees = [replace(s, K=1, k=0, classes=classes) for s in trainees]
     sets: dict[Path, dict[Path, list]] = {}  # {home: {folder: [(student, D_k)]}}
-    for s, D in dict(zip(trained, shares)).items():
+    for s, D in dict(zip(trainees, shares)).items():  # equal students, of a common TSM, once
         place = home(stage, flags, s)
         folder = place if facts.stacked or stage is edm else place / f"student{s.k}"
         sets.setdefault(place, {}).setdefault(folder, []).append((replace(s, classes=tuple(D.conditions.tolist())), D))
@@ -371,7 +371,7 @@ def distil(stage, students: list[Student], shares: list, inputs: dict, flags, ra
                     if [folder] in todo:
                         _train(stage, {folder: folders[folder]}, inputs, flags, own_ranks)
         ranks.wait()
-    return [replace(s, start=start_from(home(stage, flags, t), files[0], t.k)) for s, t in zip(students, trained)]
+    return [replace(s, start=start_from(home(stage, flags, t), files[0], t.k)) for s, t in zip(students, trainees)]
 
 
 def _train(stage, folders: dict, inputs: dict, flags, ranks: Ranks) -> None:

@@ -13,9 +13,8 @@ exact`, which has no weights at all, TSM also makes the network of full size tha
 Noise law and schedule are the teacher's. Not here: what follows (dmd.py, adm.py), the order of the stages (msd.py).
 
 Departures from the paper
- 1. The fake denoiser of later stages stays as large as the teacher ("re-initialized from teacher weights", App. D.2.1):
-    only G is small. The paper does not say which.
- 2. An average of the weights is kept, learning rates decay (toy and small images); the paper says neither.
+ 1. An average of the weights is kept, learning rates decay (toy and small images); the paper says neither.
+ 2. In later stages only G is small: the fake denoiser stays as large as the teacher.
 
 Run      python tsm.py --dataset toy --student-size XS
 Many GPUs    torchrun --nproc-per-node 8 tsm.py --dataset imagenet64 --student-size XS
@@ -74,7 +73,7 @@ def length(flags) -> tuple[int, int]:
     return flags.tsm.steps, flags.tsm.batch
 
 
-def train(run, flags, task) -> dict:
+def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
     """Match the stack task.G to the frozen task.teacher on task.real; returns {file: the weights to keep in it}."""
     f, D = flags.tsm, task.G
     average, opt = Average(D, f.ema), AdamW(D, run)

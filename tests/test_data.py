@@ -15,8 +15,6 @@ import run
 from conftest import write_idx
 from flags import UserError
 
-ALL = tuple(range(10))
-
 
 def source(dataset, path, out, resolution=0):
     return data.source(run.Flags(dataset=dataset, data=str(path), out=str(out), resolution=resolution))
@@ -33,28 +31,27 @@ def save(path, pixels: np.ndarray) -> None:
     Image.fromarray(pixels).save(path)
 
 
-def make_zip(path, labels, draw=lambda i: picture(10 + i), listing=True):
+def make_zip(path, labels=(1, 2), draw=lambda i: picture(10 + i), listing=""):
     """EDM's dataset_tool layout: uncompressed PNGs in numbered folders and dataset.json."""
     names = [f"00000/img{i:08d}.png" for i in range(len(labels))]
     with zipfile.ZipFile(path, "w") as z:
         for i, name in enumerate(names):
             Image.fromarray(draw(i)).save(file := io.BytesIO(), format="png")
             z.writestr(name, file.getvalue())
-        if listing:
-            text = json.dumps({"labels": [[n, c] for n, c in zip(names, labels)]})
-            z.writestr("dataset.json", text if listing is True else listing)
+        if listing is not None:
+            z.writestr("dataset.json", listing or json.dumps({"labels": list(zip(names, map(int, labels)))}))
     return path
 
 
-def draws(classes=ALL, stage="teacher"):
-    return common.Draws(stage, [common.Student(0, 1, 0, tuple(classes))])
+def draws(*classes):
+    return common.Draws("teacher", [common.Student(0, 1, 0, classes or tuple(range(10)))])
 
 
 def test_names_of_the_flag_are_the_datasets():
     assert run.NAMES == tuple(data.DATASETS) and all(name == known.name for name, known in data.DATASETS.items())
 
 
-# ------------------------------------------------------------------------------------------------------------ the forms
+# -------------------------------------------------------------- the forms
 
 def test_fashion_mnist_is_padded_and_pooled(tiny, tmp_path):
     big, small = source("fashion-mnist", tiny, tmp_path, 32), source("fashion-mnist", tiny, tmp_path)
@@ -69,13 +66,11 @@ def test_fashion_mnist_is_padded_and_pooled(tiny, tmp_path):
 def test_zip_with_dataset_json(tmp_path):
     """Decoded once, and again if it has changed; grey images among coloured ones become coloured."""
     path = make_zip(tmp_path / "d.zip", [3, 999, 0], lambda i: picture(10 + i, channels=1 if i == 2 else 3))
-    first = source("imagenet64", path, tmp_path / "out")
+    first, kept = source("imagenet64", path, tmp_path / "out"), tmp_path / "out/data/imagenet64-train.pt"
     assert first.x.shape == (3, 3, 64, 64) and first.label.tolist() == [3, 999, 0]
     assert first.x[:, 0, 5, 5].tolist() == [10, 11, 12] and first.x[1, 2, 0, 1] == 244 and first.x[1, 2, 1, 0] == 11
-    made = (tmp_path / "out/data/imagenet64-train.npy").stat().st_mtime_ns
-    again = source("imagenet64", path, tmp_path / "out")
-    assert torch.equal(again.x, first.x) and torch.equal(again.label, first.label)
-    assert (tmp_path / "out/data/imagenet64-train.npy").stat().st_mtime_ns == made
+    made, again = kept.stat().st_mtime_ns, source("imagenet64", path, tmp_path / "out")
+    assert torch.equal(again.x, first.x) and torch.equal(again.label, first.label) and kept.stat().st_mtime_ns == made
     pooled = source("imagenet64", path, tmp_path / "out32", 32)
     assert pooled.x.shape == (3, 3, 32, 32) and pooled.x[2, 0, 9, 9] == 12
     make_zip(path, [5, 6, 7, 8])
@@ -119,15 +114,14 @@ def test_cifar_binary_version(tmp_path):
 
 def test_a_run_folder_belongs_to_one_set_of_images(tiny, tmp_path):
     flags = run.Flags(dataset="fashion-mnist", data=str(tiny), out=str(tmp_path))
-    data.same_data(flags, data.source(flags))
-    data.same_data(flags, data.source(flags))
-    other = data.source(flags)
-    other.label[3] += 1
+    for _ in range(2):
+        data.same_data(flags, held := data.source(flags))
+    held.label[3] += 1
     with pytest.raises(UserError, match="images"):
-        data.same_data(flags, other)
+        data.same_data(flags, held)
 
 
-# ----------------------------------------------------------------------------------------------------------- the stream
+# ------------------------------------------------------------- the stream
 
 def numbered(n: int, flip=False) -> data.Images:
     x = torch.arange(n)[:, None, None, None].expand(n, 1, 2, 2).to(torch.uint8).clone()
@@ -135,40 +129,37 @@ def numbered(n: int, flip=False) -> data.Images:
     return data.Images(x, torch.arange(n) % 10, flip)
 
 
-def seen(source, d, steps, batch):
-    return [((source.batch(d, s, batch)[0][0, :, 0, 0, 0] + 1) * 127.5).round().long().tolist() for s in steps]
+def seen(source, steps, batch):
+    return [((source.batch(draws(), s, batch)[0][0, :, 0, 0, 0] + 1) * 127.5).round().long().tolist() for s in steps]
 
 
 def test_every_image_once_an_epoch_in_an_order_of_its_own():
-    source, d = numbered(30), draws()
-    first, second = seen(source, d, range(0, 3), 10), seen(source, d, range(3, 6), 10)
+    source = numbered(30)
+    first, second = seen(source, range(0, 3), 10), seen(source, range(3, 6), 10)
     assert sorted(sum(first, [])) == sorted(sum(second, [])) == list(range(30)) and sum(first, []) != sum(second, [])
-    assert sum(seen(numbered(30), d, range(0, 12), 5), []) == sum(first + second, [])           # batches do not matter
-    assert seen(numbered(30), d, [4], 10)[0] == second[1]  # nor what was read before: resume
+    assert sum(seen(numbered(30), range(0, 12), 5), []) == sum(first + second, [])  # batches do not matter
+    assert seen(numbered(30), [4], 10)[0] == second[1]  # nor what was read before: resume
 
 
 def test_classes_are_filtered_and_labels_never_renumbered():
-    x, label = numbered(40).batch(draws(classes=(4, 7)), 0, 8)
+    x, label = numbered(40).batch(draws(4, 7), 0, 8)
     assert set(label[0].tolist()) == {4, 7} and x.shape == (1, 8, 1, 2, 2) and -1 <= x.min() and x.max() <= 1
-    values = ((x[0, :, 0, 0, 0] + 1) * 127.5).round().long()
-    assert torch.equal(values % 10, label[0])
-    generated = data.Generated(torch.zeros(1, 2, 2), torch.tensor([[0, 1]]), [0])
-    for source in (numbered(5), generated):
+    assert torch.equal(((x[0, :, 0, 0, 0] + 1) * 127.5).round().long() % 10, label[0])
+    for source in (numbered(5), data.Generated(torch.zeros(1, 2, 2), torch.tensor([[0, 1]]), [0])):
         with pytest.raises(UserError, match="none of its classes"):
-            source.batch(draws(classes=(9,)), 0, 2)
+            source.batch(draws(9), 0, 2)
 
 
 def test_parts_of_a_batch_are_the_batch():
     whole = numbered(40, flip=True).batch(draws(), 3, 8)
     parts = [numbered(40, flip=True).batch(draws(), 3, 8, slice(i, i + 4)) for i in (0, 4)]
-    for i in (0, 1):
-        assert torch.equal(torch.cat([p[i] for p in parts], 1), whole[i])
+    assert all(torch.equal(torch.cat(two, 1), one) for two, one in zip(zip(*parts), whole))
 
 
 def test_half_of_the_images_are_mirrored():
     x, _ = numbered(200, flip=True).batch(draws(), 0, 200)
-    mirrored = (x[0, :, 0, 0, 0] == 1).sum()
-    assert 70 < mirrored < 130 and (numbered(200).batch(draws(), 0, 200)[0][0, :, 0, 0, 1] == 1).all()
+    assert 70 < (x[0, :, 0, 0, 0] == 1).sum() < 130
+    assert (numbered(200).batch(draws(), 0, 200)[0][0, :, 0, 0, 1] == 1).all()
 
 
 def test_rounding_there_and_back():
@@ -177,13 +168,13 @@ def test_rounding_there_and_back():
     assert images.to_uint8(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# -------------------------------------------------------------- bad input
 
-def half_zip(folder):
-    raw = bytearray(make_zip(folder / "d.zip", [1, 2, 3]).read_bytes())
+def half_zip(path):
+    raw = bytearray(make_zip(path, [1, 2, 3]).read_bytes())
     at = raw.find(b"IDAT", raw.find(b"img00000001"))
     raw[at + 8:at + 30] = b"\0" * 22
-    (folder / "d.zip").write_bytes(raw)
+    path.write_bytes(raw)
 
 
 def idx(folder, labels=5, highest=0, cut=None):
@@ -201,44 +192,41 @@ def half_batches(folder, table="n01 1 a\n"):
         (folder / "map_clsloc.txt").write_text(table)
 
 
-def two(draw):
-    return dict(labels=[1, 2], draw=draw)
-
-
-FILES = [                                                           # (dataset, how the folder is filled, what is said)
-    ("fashion-mnist", lambda p: None, "nothing in"), ("imagenet64", lambda p: None, "no .png or .jpg"),
+FOLDERS = [  # (dataset, how the folder is filled, what is said)
+    ("fashion-mnist", lambda p: None, "no .png or .jpg"), ("imagenet64", lambda p: p.rmdir(), "nothing in"),
     ("fashion-mnist", lambda p: idx(p, highest=10), "labels from 10 to 10"),
     ("fashion-mnist", lambda p: idx(p, labels=4), r"images \[5, 1, 16, 16\], 4 labels"),
     ("fashion-mnist", lambda p: idx(p, cut=100), "train-images-idx3-ubyte: damaged"),
-    ("imagenet64", lambda p: (p / "d.zip").write_text("hello"), "d.zip: damaged"),
-    ("imagenet64", half_zip, "img00000001.png: damaged"),
     ("imagenet64", half_batches, "batch_2.npz: damaged"),
     ("imagenet64", lambda p: half_batches(p, ""), "map_clsloc.txt"),
     ("cifar10", lambda p: save(p / "n0/a.png", picture(20, 32)), "1 class folders, not 10"),
     ("cifar10", lambda p: (cifar_files(p) / "data_batch_3.bin").write_bytes(b""), "damaged"),
 ]
-ZIPS = [                                                            # (what is wrong with it, what is said)
-    (dict(labels=[1, 1000]), "labels from 1 to 1000.*from 0 to 999"), (dict(labels=[-1, 3]), "labels from -1"),
-    (dict(labels=[1, 2], listing=None), "dataset.json.*no item named"),
-    (dict(labels=[1, 2], listing='{"labels": null}'), "lacks the labels of 00000/img00000000.png and 1 more"),
-    (dict(labels=[1, 2], listing='{"labels": 3'), "dataset.json: damaged"),
-    (two(lambda i: picture(9, 64 >> i)), "img00000001.png: damaged.*32"),
-    (two(lambda i: picture(9, channels=1)), r"images \[2, 1, 64, 64\]"),
-    (two(lambda i: picture(9, 48)), r"images \[2, 3, 48, 48\].*needs \[2, 3, 64, 64\]"),
-    (two(lambda i: picture(9)[:32]), r"images \[2, 3, 32, 64\]"),
-    (two(lambda i: picture(9, channels=1).astype(np.uint16)), "damaged.*I;16"),
+ZIPS = [  # (how it is made, what is said)
+    (lambda p: p.write_text("hello"), "d.zip: damaged"), (half_zip, "img00000001.png: damaged"),
+    (lambda p: make_zip(p, [1, 1000]), "labels from 1 to 1000.*from 0 to 999"),
+    (lambda p: make_zip(p, [-1, 3]), "labels from -1"),
+    (lambda p: make_zip(p, listing=None), "dataset.json.*no item named"),
+    (lambda p: make_zip(p, listing='{"labels": null}'), "dataset.json: damaged"),
+    (lambda p: make_zip(p, listing='{"labels": []}'), "dataset.json: damaged.*00000/img00000000.png"),
+    (lambda p: make_zip(p, listing='{"labels": 3'), "dataset.json: damaged"),
+    (lambda p: make_zip(p, draw=lambda i: picture(9, 64 >> i)), "img00000001.png: damaged.*32"),
+    (lambda p: make_zip(p, draw=lambda i: picture(9, channels=1)), r"images \[2, 1, 64, 64\]"),
+    (lambda p: make_zip(p, draw=lambda i: picture(9, 48)), r"images \[2, 3, 48, 48\].*\[3, 64, 64\]"),
+    (lambda p: make_zip(p, draw=lambda i: picture(9)[:32]), r"images \[2, 3, 32, 64\]"),
+    (lambda p: make_zip(p, draw=lambda i: picture(9, channels=1).astype(np.uint16)), "damaged.*I;16"),
 ]
-FILES += [("imagenet64", lambda p, kind=kind: make_zip(p / "d.zip", **kind), match) for kind, match in ZIPS]
 
 
-@pytest.mark.parametrize("dataset, fill, match", FILES)
-def test_wrong_files(tmp_path, dataset, fill, match):
+@pytest.mark.parametrize("dataset, make, match", FOLDERS + [("zip", *row) for row in ZIPS])
+def test_wrong_files(tmp_path, dataset, make, match):
     """Each is one line; nothing half decoded stays."""
-    place = tmp_path / "in"
-    place.mkdir()
-    fill(place)
+    place = tmp_path / ("d.zip" if dataset == "zip" else "in")
+    if dataset != "zip":
+        place.mkdir()
+    make(place)
     with pytest.raises((UserError, FileNotFoundError), match=match) as error:
-        source(dataset, place / "d.zip" if (place / "d.zip").exists() else place, tmp_path / "out")
+        source(dataset.replace("zip", "imagenet64"), place, tmp_path / "out")
     assert "\n" not in str(error.value) and not list((tmp_path / "out").rglob("*.tmp"))
 
 

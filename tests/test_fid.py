@@ -1,5 +1,6 @@
 """Fréchet distance against closed forms, features, every source of images, and the command line."""
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from fid import Moments, frechet_distance, statistics
 from flags import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")
+ZERO, EYE = torch.zeros(2), torch.eye(2)
 
 
 def gaussian(n, d, seed=0):
@@ -23,8 +25,7 @@ def gaussian(n, d, seed=0):
 
 def pictures(n, seed=0, shape=(1, 16, 16), shift=0):
     """uint8 images [n, *shape] of 3 classes: a bright bar at the top, in the middle or at the bottom, on noise."""
-    g = common.generator("test fid pictures", seed)
-    x = torch.randint(0, 120, (n, *shape), generator=g) + shift
+    x = torch.randint(0, 120, (n, *shape), generator=common.generator("test fid pictures", seed)) + shift
     label = torch.arange(n) % 3
     for c in range(3):
         x[label == c, :, 5 * c:5 * c + 5] += 110
@@ -33,32 +34,23 @@ def pictures(n, seed=0, shape=(1, 16, 16), shift=0):
 
 # ------------------------------------------------ statistics and distance
 
-ZERO = torch.zeros(2)
-
-
-def by_root(mu1, cov1, mu2, cov2):
-    """With scipy's general matrix root."""
-    root = np.trace(sqrtm((cov1 @ cov2).numpy())).real
-    return ((mu1 - mu2).square().sum() + (cov1 + cov2).trace()).item() - 2 * root
-
-
 def test_diagonal_gaussians_have_a_closed_form():
     """|difference of means|^2 + sum (sqrt a - sqrt b)^2."""
     a, b = torch.tensor([4.0, 1.0, 0.25, 0.0]), torch.tensor([1.0, 9.0, 0.25, 2.0])
     mu1, mu2 = torch.tensor([1.0, 0, 0, 2]), torch.tensor([0.0, 0, 3, 2])
     want = 10 + (a.double().sqrt() - b.double().sqrt()).square().sum().item()
-    assert frechet_distance(mu1, a.diag(), mu2, b.diag()) == pytest.approx(want, abs=1e-12)
-    assert isinstance(frechet_distance(mu1.numpy(), a.diag().numpy(), mu2, b.diag()), float)
+    assert frechet_distance(mu1.numpy(), a.diag().numpy(), mu2, b.diag()) == pytest.approx(want, abs=1e-12)
 
 
 def test_covariances_that_do_not_commute():
     one = torch.tensor([[2.0, 0.9], [0.9, 0.5]], dtype=torch.float64)
     two = torch.tensor([[1.0, -0.7], [-0.7, 3.0]], dtype=torch.float64)
-    assert (one @ two - two @ one).abs().max() > 0.5
-    for pair in ((ZERO, one, ZERO, two), (ZERO, two, ZERO, one)):
-        assert frechet_distance(*pair) == pytest.approx(by_root(*pair), abs=1e-9)
     a, b = (statistics(gaussian(300, 20, s) @ gaussian(20, 20, s + 9)) for s in (1, 2))
-    assert frechet_distance(*a, *b) == pytest.approx(by_root(*a, *b), rel=1e-9)
+    for mu1, cov1, mu2, cov2 in ((ZERO, one, ZERO, two), (ZERO, two, ZERO, one), (*a, *b)):
+        assert (cov1 @ cov2 - cov2 @ cov1).abs().max() > 0.5
+        root = np.trace(sqrtm((cov1 @ cov2).numpy())).real
+        want = ((mu1 - mu2).square().sum() + (cov1 + cov2).trace()).item() - 2 * root
+        assert frechet_distance(mu1, cov1, mu2, cov2) == pytest.approx(want, rel=1e-9)
 
 
 @pytest.mark.parametrize("n", [200, 12])
@@ -80,16 +72,13 @@ def test_fewer_samples_than_features():
     """The cross term is the nuclear norm of the product of centred samples: exact where a general root is complex."""
     x, y = gaussian(15, 80, 2), gaussian(25, 80, 3) * 2
     assert frechet_distance(*statistics(x), *statistics(y)) == pytest.approx(from_samples(x, y), rel=1e-12)
-    assert frechet_distance(ZERO, torch.zeros(2, 2), ZERO, torch.eye(2)) == pytest.approx(2)
+    assert frechet_distance(ZERO, 0 * EYE, ZERO, EYE) == pytest.approx(2)
     tiny = torch.diag(torch.tensor([1.0, -1e-17, 1e-17], dtype=torch.float64))
     assert frechet_distance(torch.zeros(3), tiny, torch.zeros(3), tiny) == pytest.approx(0, abs=1e-9)
 
 
-EYE = torch.eye(2)
-
-
 @pytest.mark.parametrize("bad", [
-    (torch.zeros(3), EYE), (ZERO, torch.eye(3)), (ZERO, EYE * float("nan")), (ZERO + float("inf"), EYE),
+    (torch.zeros(3), EYE), (ZERO, torch.eye(3)), (ZERO, EYE * torch.nan), (ZERO + torch.inf, EYE),
     *(statistics(x) for x in (torch.ones(1, 2), torch.ones(0, 2), torch.full((9, 2), torch.inf)))])
 def test_nonsense_is_no_distance(bad):
     for four in ((*bad, ZERO, EYE), (ZERO, EYE, *bad)):
@@ -97,24 +86,15 @@ def test_nonsense_is_no_distance(bad):
             frechet_distance(*four)
 
 
-def test_statistics_are_numpys():
-    x = gaussian(50, 7).float()
-    mu, cov = statistics(x)
-    assert mu.dtype == cov.dtype == torch.float64
-    np.testing.assert_allclose(mu, x.double().mean(0), atol=1e-12)
-    np.testing.assert_allclose(cov, np.cov(x.double().numpy(), rowvar=False), atol=1e-12)
-
-
 @pytest.mark.parametrize("sizes", [[101], [1, 100], [50, 0, 51], [1] * 101])
-def test_moments_in_pieces(sizes):
+def test_moments_are_numpys_in_any_pieces(sizes):
     """Also far from the origin, where a difference of sums of squares would lose digits."""
-    x, pieces = gaussian(101, 6) + 1000, Moments()
-    mu, cov = x.mean(0), torch.from_numpy(np.cov(x.numpy(), rowvar=False))
+    x, pieces = (gaussian(101, 6) + 1000).float(), Moments()
     for part in x.split(sizes):
         pieces.add(part)
-    assert pieces.n == 101
-    torch.testing.assert_close(pieces.mean(), mu, rtol=1e-12, atol=0)
-    torch.testing.assert_close(pieces.cov(), cov, rtol=1e-12, atol=1e-12)
+    assert pieces.n == 101 and pieces.mean().dtype == pieces.cov().dtype == torch.float64
+    np.testing.assert_allclose(pieces.mean(), x.double().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(pieces.cov(), np.cov(x.double().numpy(), rowvar=False), rtol=1e-9, atol=1e-10)
 
 
 # --------------------------------------------------------------- features
@@ -126,8 +106,7 @@ def classifier():
 
 def test_classifier_learns_and_repeats(classifier):
     x, label = pictures(300, seed=5)
-    with torch.no_grad():
-        right = (classifier(images.to_float(x)).argmax(1) == label).float().mean()
+    right = (classifier(images.to_float(x)).argmax(1) == label).float().mean()
     assert right > 0.95 and not any(p.requires_grad for p in classifier.parameters())
     small = []
     for seed in (2, 2, 3):
@@ -138,11 +117,10 @@ def test_classifier_learns_and_repeats(classifier):
 
 @pytest.mark.parametrize("shape", [(1, 16, 16), (3, 32, 32), (1, 28, 28)])
 def test_classifier_shapes(shape):
-    net = fid.Classifier(shape, 10)
-    assert 100_000 < sum(p.numel() for p in net.parameters()) < 200_000
-    x, _ = pictures(7, shape=shape)
+    net, x = fid.Classifier(shape, 10), pictures(7, shape=shape)[0]
     f = net.features(x, batch=3)
-    assert f.shape == (7, 64) and f.dtype == torch.float32 and not f.requires_grad and net(x.float()).shape == (7, 10)
+    assert 100_000 < sum(p.numel() for p in net.parameters()) < 200_000 and net(x.float()).shape == (7, 10)
+    assert f.shape == (7, 64) and f.dtype == torch.float32 and not f.requires_grad
     torch.testing.assert_close(f, net.features(x))
 
 
@@ -185,14 +163,12 @@ def test_inception(scripts):
 
 @pytest.mark.parametrize("name, content, words", [
     ("elsewhere.pt", None, "not NVIDIA's"), ("missing.pt", None, ""), ("text.pt", b"hello", "damaged"),
-    ("other.pt", {"net": 1}, "not a classifier"), ("list.pt", [1], "not a classifier"),
+    ("list.pt", [1], "not a classifier"),
     ("classes.pt", {"shape": [1, 16, 16], "classes": 4, "net": {}}, "not a classifier")])
 def test_other_files_are_no_features(scripts, tmp_path, name, content, words):
     path = (tmp_path if content else scripts) / name
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content:
-        torch.save(content, path)
+    if content:
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises((UserError, FileNotFoundError), match=f"{name}.*{words}") as error:
         fid.extractor(path)
     assert "\n" not in str(error.value)
@@ -228,27 +204,26 @@ def test_every_source_gives_the_same_images(tmp_path, channels):
     assert images.read(save_images(tmp_path / "jpg", x, ".JPG")).shape == x.shape
 
 
-def some(shape, dtype=torch.uint8):
-    return torch.zeros(shape, dtype=dtype)
-
-
 def several_stages(place):
     for K in (1, 3):
-        run.save_tensors(place / f"students{K}/dm/samples.pt", {"x": some((2, 1, 4, 4))})
+        run.save_tensors(place / f"students{K}/dm/samples.pt", {"x": some(2, 1, 4, 4)})
+
+
+def some(*shape):
+    return torch.zeros(shape, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("name, make, words", [
-    ("nowhere", lambda p: None, "nowhere"), ("nowhere.npz", lambda p: None, "nowhere.npz"),
-    ("empty", lambda p: p.mkdir(), "no .png"), ("notes.txt", lambda p: p.write_text("hello"), "notes.txt: damaged"),
+    ("nowhere", lambda p: None, "nowhere"), ("empty", lambda p: p.mkdir(), "no .png"),
+    ("notes.txt", lambda p: p.write_text("hello"), "notes.txt: damaged"),
     ("runs", several_stages, "give one of .*students1.*students3"),
     ("toy", lambda p: run.save_tensors(p / "samples.pt", {"x": torch.zeros(5, 2)}), "uint8 images"),
     ("names.npz", lambda p: np.savez(p, images=np.zeros(3)), "arr_0"),
-    ("array.npz", lambda p: np.save(open(p, "wb"), np.zeros(3)), "array.npz: damaged"),
-    ("half.npz", lambda p: p.write_bytes(save_npz(p, some((9, 1, 8, 8))).read_bytes()[:400]), "half.npz: damaged"),
-    ("float.npz", lambda p: save_npz(p, some((9, 1, 8, 8), torch.float32)), r"float32 \[9, 1, 8, 8\]"),
-    ("first.npz", lambda p: np.savez(p, arr_0=some((9, 3, 8, 8)).numpy()), r"\[9, 8, 3, 8\]"),
-    ("odd", lambda p: save_images(save_images(p, some((2, 1, 8, 8))) / "z", some((1, 1, 8, 9))), "z/00000/.*damaged"),
-    ("cut", lambda p: (save_images(p, some((1, 1, 8, 8))) / "b.jpeg").write_bytes(b"hello"), "b.jpeg: damaged"),
+    ("half.npz", lambda p: p.write_bytes(save_npz(p, some(9, 1, 8, 8)).read_bytes()[:400]), "half.npz: damaged"),
+    ("float.npz", lambda p: save_npz(p, some(9, 1, 8, 8).float()), r"float32 \[9, 1, 8, 8\]"),
+    ("first.npz", lambda p: np.savez(p, arr_0=some(9, 3, 8, 8).numpy()), r"\[9, 8, 3, 8\]"),
+    ("odd", lambda p: save_images(save_images(p, some(2, 1, 8, 8)) / "z", some(1, 1, 8, 9)), "z/00000/.*damaged"),
+    ("cut", lambda p: (save_images(p, some(1, 1, 8, 8)) / "b.jpeg").write_bytes(b"hello"), "b.jpeg: damaged"),
 ])
 def test_bad_sources(tmp_path, name, make, words):
     make(tmp_path / name)
@@ -282,26 +257,16 @@ def test_distance_in_the_classifier(capsys, files, classifier):
     x, y = files
     there = statistics(classifier.features(y))
     got, out, err = distance(capsys, "images.npz", "reference.npz")
-    assert out.startswith("FD (our classifier): ") and out.endswith("(150 images against reference.npz)")
-    assert "warning" not in err
     assert got == pytest.approx(frechet_distance(*statistics(classifier.features(x)), *there), rel=1e-3)
-    run.save_tensors(fid.Path("run/students2/dm/samples.pt"), {"x": x})
+    assert out.startswith("FD (our classifier): ") and "(150 images against reference.npz)" in out and "warning" not in err
     np.savez("edm.npz", mu=there[0], sigma=there[1])  # EDM's layout
-    save_images(fid.Path("folder"), x)
-    for path, ref in (("folder", "reference.npz"), ("run", "reference.npz"), ("images.npz", "edm.npz")):
-        assert distance(capsys, path, ref)[0] == got
+    assert distance(capsys, save_images(Path("folder"), x), "edm.npz")[0] == got
     assert distance(capsys, "images.npz", "images.npz")[0] < 1e-6
-    assert "40 images for 64 features" in distance(capsys, save_npz(fid.Path("few.npz"), x[:40]), "edm.npz")[2]
-
-
-def test_adms_reference_holds_both(capsys, files, classifier):
-    """Statistics first, of whatever more images they came; but the images where the features do not fit."""
-    x, y = files
-    mu, cov = statistics(classifier.features(x))
-    save_npz("both.npz", y, mu=mu, sigma=cov)
-    assert distance(capsys, "images.npz", "both.npz")[0] < 1e-6
-    save_npz("both.npz", y, mu=np.zeros(2048), sigma=np.eye(2048))
-    assert distance(capsys, "images.npz", "both.npz")[0] == distance(capsys, "images.npz", "reference.npz")[0]
+    assert "40 images for 64 features" in distance(capsys, save_npz(Path("few.npz"), x[:40]), "edm.npz")[2]
+    save_npz("both.npz", x, mu=there[0], sigma=there[1])  # ADM's: statistics first, of whatever more images they came …
+    assert distance(capsys, "images.npz", "both.npz")[0] == got
+    save_npz("both.npz", y, mu=np.zeros(2048), sigma=np.eye(2048))  # … but the images where the features do not fit
+    assert distance(capsys, "images.npz", "both.npz")[0] == got
 
 
 def test_fid(capsys, files, scripts):
@@ -313,21 +278,18 @@ def test_fid(capsys, files, scripts):
     assert got == pytest.approx(from_samples(net.features(x).double(), net.features(y).double()), rel=1e-3)
 
 
-@pytest.mark.parametrize("argv, words", [
-    ([], "--images and --ref"), (["--images", "images.npz"], "--images and --ref"),
-    (["--images", "images.npz", "--ref", "nowhere.npz"], "nowhere.npz"),
-    (["--images", "colour.npz", "--ref", "colour.npz"], r"\[3, 16, 16\].*\[1, 16, 16\]"),
-    (["--images", "images.npz", "--ref", "other.npz"], "other.npz.*2048"),
-    (["--images", "images.npz", "--ref", "infinite.npz"], "infinite.npz.*finite"),
-    (["--images", "images.npz", "--ref", "big.npz", "--features", "INCEPTION"], r"\[16, 16\].*\[32, 32\]"),
-    (["--images", "images.npz", "--ref", "reference.npz", "--features", "none.pt"], "none.pt")])
-def test_misuse(capsys, files, scripts, argv, words):
+@pytest.mark.parametrize("ref, features, words", [
+    ("", "classifier.pt", "--images and --ref"), ("nowhere.npz", "classifier.pt", "nowhere.npz"),
+    ("colour.npz", "classifier.pt", r"\[3, 16, 16\].*\[1, 16, 16\]"), ("other.npz", "classifier.pt", "other.npz.*2048"),
+    ("infinite.npz", "classifier.pt", "infinite.npz.*finite"), ("big.npz", fid.INCEPTION, r"\[16, 16\].*\[32, 32\]"),
+    ("reference.npz", "none.pt", "none.pt")])
+def test_misuse(capsys, files, scripts, ref, features, words):
     save_npz("colour.npz", pictures(8, shape=(3, 16, 16))[0])
     save_npz("big.npz", pictures(8, shape=(1, 32, 32))[0])
     np.savez("other.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     np.savez("infinite.npz", mu=np.zeros(64), sigma=np.eye(64) + np.inf)
-    argv = [word.replace("INCEPTION", str(scripts / fid.INCEPTION)) for word in argv]
+    features = scripts / features if features == fid.INCEPTION else features
     with pytest.raises(SystemExit) as stop:
-        fid.main(["--features", "classifier.pt", "--device", "cpu", *argv])
+        fid.main(["--images", "images.npz", "--ref", ref, "--features", str(features), "--device", "cpu"])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and "Traceback" not in err and re.search(f"error: .*{words}.*\n$", err)

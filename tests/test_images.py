@@ -76,7 +76,7 @@ def test_selection_is_by_the_students_own_classes_of_the_data(image_run, tiny):
     flags, ranks, given = parse(msd.Flags, msd.PRESETS, argv(tiny, image_run)), common.Ranks(), given_of(image_run)
     given.judge = evaluate.judge(flags.run, lambda: data.source(flags.run), ranks)
     given.references = {"select": given.judge.truth(0, 0)["real"]}
-    select = students.Selection("teacher", [common.Student(0, 3, 1, (4, 5, 6))], {0: given}, 40, ranks)
+    select = students.Selection("select", [common.Student(0, 3, 1, (4, 5, 6))], {0: given}, 40, ranks)
     distance = select(students.load_students(image_run / "seed0/students3", "ema.pt")[1])
     steps, values = read_metrics(image_run / "seed0/students3/dm")["fd"]["student1"]
     assert steps[-1] == 6 and distance.item() == pytest.approx(values[-1], rel=1e-4)

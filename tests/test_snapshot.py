@@ -3,6 +3,7 @@ import io
 import math
 import os
 import pickle
+import re
 import sys
 import types
 
@@ -19,115 +20,80 @@ from flags import UserError
 BOMB = "open('ran', 'w').close()"  # in the working directory, an empty folder of the test
 
 
-def named(function, module, name):
-    function.__module__, function.__name__, function.__qualname__ = module, name, name
-    return function
+def reconstruct(meta):
+    raise AssertionError("never called")
 
 
-reconstruct = named(lambda meta: None, "torch_utils.persistence", "_reconstruct_persistent_obj")
+reconstruct.__module__ = "torch_utils.persistence"
+reconstruct.__name__ = reconstruct.__qualname__ = "_reconstruct_persistent_obj"
 
 
 class Part(nn.Module):
     """An object of NVIDIA's: pickled with its arguments and with source code that would leave a file behind."""
 
-    def __init__(self, kind, weight=None, bias=None, buffer=None, args=None, **attributes):
+    def __init__(self, kind, weight=None, bias=None, **attributes):
         super().__init__()
         for name, shape in (("weight", weight), ("bias", bias)):
-            values = torch.randn(shape) / math.sqrt(math.prod(shape[1:])) if shape else None
-            self.register_parameter(name, nn.Parameter(values) if shape else None)
-        if buffer is not None:
-            self.register_buffer("resample_filter", buffer)
-        self.__dict__.update(attributes, kind=kind, _init_args=(), _init_kwargs=args or {})
+            values = nn.Parameter(torch.randn(shape) / math.sqrt(math.prod(shape[1:]))) if shape else None
+            self.register_parameter(name, values)
+        self.__dict__.update({"kind": kind, "_init_args": (), "_init_kwargs": {}, **attributes})
 
     def __reduce__(self):
         state = {k: v for k, v in self.__dict__.items() if k != "kind"}
         return reconstruct, (dict(type="class", version=6, module_src=BOMB, class_name=self.kind, state=state),)
 
 
-class Scalar:
-    """A numpy float64 as numpy before 2 ("numpy.core") and from 2 on ("numpy._core") pickles it."""
-
-    def __init__(self, value, package):
-        self.raw, self.package = np.float64(value).tobytes(), package
-
-    def __reduce__(self):
-        return getattr(sys.modules[f"{self.package}.multiarray"], "scalar"), (np.dtype("f8"), self.raw)
+KINDS = {unet.UNet: "DhariwalUNet", unet.Block: "UNetBlock", unet.Conv: "Conv2d", unet.Norm: "GroupNorm"}
 
 
-def linear(inside, outside, bias=True):
-    return Part("Linear", (outside, inside), (outside,) if bias else None)
-
-
-def conv(inside, outside, kernel, up=False, down=False):
-    shapes = ((outside, inside, kernel, kernel), (outside,)) if kernel else (None, None)
-    filters = torch.full((1, 1, 2, 2), 0.25) if up or down else None
-    return Part("Conv2d", *shapes, filters, up=up, down=down, fused_resample=False)
-
-
-def norm(channels):
-    part = Part("GroupNorm", (channels,), (channels,), num_groups=min(32, channels // 4), eps=1e-5)
-    part.weight.data += 1
-    return part
-
-
-def block(inside, outside, embed, attention=False, **how):
-    heads = outside // 64 if attention else 0
-    part = Part("UNetBlock", num_heads=heads, skip_scale=1, adaptive_scale=True, dropout=0.1,
-                args={"channels_per_head": 64, "init": {"init_weight": Scalar(1 / 3, "numpy._core")}})
-    part.norm0, part.conv0 = norm(inside), conv(inside, outside, 3, **how)
-    part.affine, part.norm1, part.conv1 = linear(embed, 2 * outside), norm(outside), conv(outside, outside, 3)
-    part.skip = conv(inside, outside, int(inside != outside), **how) if inside != outside or how else None
-    if heads:
-        part.norm2, part.qkv, part.proj = norm(outside), conv(outside, 3 * outside, 1), conv(outside, outside, 1)
-        part.qkv.weight.data *= 3  # attention that is far from uniform
+def theirs(ours):
+    """NVIDIA's module in the place of ours, with random weights."""
+    if isinstance(ours, nn.ModuleDict):
+        return nn.ModuleDict({name: theirs(child) for name, child in ours.items()})
+    shapes = [tuple(p.shape) for p in ours.parameters(recurse=False)]
+    part = Part(KINDS.get(type(ours), "Linear"), *([shapes[0][::-1]] if isinstance(ours, nn.Embedding) else shapes))
+    for name, child in ours.named_children():
+        setattr(part, name, theirs(child))
+    if isinstance(ours, unet.Norm):
+        part.weight.data += 1
+        part.num_groups, part.eps = ours.num_groups, ours.eps
+    if isinstance(ours, unet.Conv):
+        part.up, part.down, part.fused_resample = False, False, False
+    if isinstance(ours, unet.Block):
+        part.num_heads, part.skip_scale, part.adaptive_scale = ours.heads, 1, True
+        part._init_kwargs["init"] = {"init_weight": np.float64(1 / 3)}
+        if ours.heads:
+            part.qkv.weight.data *= 3  # attention that is far from uniform
+        if ours.resample:
+            part.skip = Part("Conv2d")
+            for conv in (part.conv0, part.skip):
+                conv.up, conv.down, conv.fused_resample = ours.resample == "up", ours.resample == "down", False
+                conv.register_buffer("resample_filter", torch.full((1, 1, 2, 2), 0.25))
+        elif ours.skip is None:
+            part.skip = None
     return part
 
 
 def snapshot_of(resolution=16, channels=3, classes=10, width=32, mult=(1, 2), blocks=1, attention=(8,), augment=0):
     """{"ema": …} with random weights."""
-    embed, here, skips, levels = 4 * width, width * mult[0], [], list(enumerate(mult))
-    args = dict(label_dim=classes, model_channels=width, channel_mult=list(mult), num_blocks=blocks, dropout=0.1,
-                attn_resolutions=list(attention), img_resolution=resolution)
-    net = Part("DhariwalUNet", label_dropout=0, args=dict(in_channels=channels, out_channels=channels, **args))
+    with torch.device("meta"):
+        ours = unet.UNet(resolution, channels, classes, unet.Size(width, mult, blocks, attention))
+    net, args = theirs(ours), dict(label_dim=classes, model_channels=width, channel_mult=list(mult), num_blocks=blocks,
+                                   attn_resolutions=list(attention), img_resolution=resolution, dropout=0.1)
+    net._init_kwargs = dict(in_channels=channels, out_channels=channels, **args)
     net.map_noise = Part("PositionalEmbedding", num_channels=width, max_positions=10000, endpoint=False)
-    net.map_layer0, net.map_layer1 = linear(width, embed), linear(embed, embed)
-    net.map_label = linear(classes, embed, bias=False)
     if augment:
-        net.map_augment = linear(augment, width, bias=False)
-    net.enc, net.dec = nn.ModuleDict(), nn.ModuleDict()
-    for level, m in levels:
-        r = resolution >> level
-        first = block(here, here, embed, down=True) if level else conv(channels, here, 3)
-        net.enc[f"{r}x{r}_down" if level else f"{r}x{r}_conv"] = first
-        skips.append(here)
-        for i in range(blocks):
-            net.enc[f"{r}x{r}_block{i}"] = block(here, width * m, embed, r in attention)
-            here = width * m
-            skips.append(here)
-    net.dec[f"{r}x{r}_in0"], net.dec[f"{r}x{r}_in1"] = block(here, here, embed, True), block(here, here, embed)
-    for level, m in reversed(levels):
-        r = resolution >> level
-        if level < len(mult) - 1:
-            net.dec[f"{r}x{r}_up"] = block(here, here, embed, up=True)
-        for i in range(blocks + 1):
-            net.dec[f"{r}x{r}_block{i}"] = block(here + skips.pop(), width * m, embed, r in attention)
-            here = width * m
-    net.out_norm, net.out_conv = norm(here), conv(here, channels, 3)
-    ema = Part("EDMPrecond", use_fp16=True, sigma_data=0.5, args=dict(img_channels=channels, **args))
+        net.map_augment = Part("Linear", (width, augment))
+    ema = Part("EDMPrecond", use_fp16=True, sigma_data=0.5, _init_kwargs=dict(img_channels=channels, **args))
     ema.model = net
     return {"ema": ema, "loss_fn": Part("EDMLoss"), "augment_pipe": None, "dataset_kwargs": {"use_labels": True}}
 
 
 def dump(data, path, protocol=4):
     """Pickle it, with NVIDIA's module names standing in sys.modules meanwhile. Returns the path."""
-    fakes = {name: types.ModuleType(name) for name in ("torch_utils", "torch_utils.persistence")}
-    fakes["torch_utils.persistence"]._reconstruct_persistent_obj = reconstruct
-    for name in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        fakes[name] = types.ModuleType(name)
-        fakes[name].scalar = named(lambda *a: None, name, "scalar")
     with pytest.MonkeyPatch.context() as patch:
-        for name, module in fakes.items():
-            patch.setitem(sys.modules, name, module)
+        for name in ("torch_utils", "torch_utils.persistence"):
+            patch.setitem(sys.modules, name, types.SimpleNamespace(_reconstruct_persistent_obj=reconstruct))
         path.write_bytes(pickle.dumps(data, protocol))
     return path
 
@@ -215,29 +181,34 @@ def halves(data):
             part.resample_filter = part.resample_filter.float()
 
 
-@pytest.mark.parametrize("options, change, size", [
-    (dict(resolution=8, width=64, attention=(4,)), None, unet.Size(64, (1, 2), 1, (4,))),  # two heads
-    (dict(augment=9, channels=1), None, unet.Size(32, (1, 2), 1, (8,))),
-    (dict(resolution=8, mult=(2, 1), attention=(8, 4), classes=2), None, unet.Size(32, (2, 1), 1, (8, 4))),
-    (dict(resolution=8, mult=(2,), blocks=3, attention=(32, 16, 8)), left_out, unet.Size(32, (2,), 3, (32, 16, 8))),
-    (dict(), halves, unet.Size(32, (1, 2), 1, (8,))),
-])
-def test_weights_compute_what_they_did(place, options, change, size):
+@pytest.mark.parametrize("options, change", [
+    (dict(resolution=8, width=64, attention=(4,)), None),  # two heads
+    (dict(augment=9, channels=1), None),
+    (dict(resolution=8, mult=(2, 1), attention=(8, 4), classes=2), None),
+    (dict(resolution=8, mult=(2,), blocks=3, attention=(32, 16, 8)), left_out), (dict(), halves)])
+def test_weights_compute_what_they_did(place, options, change):
     data = snapshot_of(**options)
     if change:
         change(data)
     found = snapshot.read(dump(data, place))
-    given = {"resolution": 16, "channels": 3, "classes": 10, **options}
-    assert (found.resolution, found.channels, found.classes, found.size, found.sigma_data) == (
-        given["resolution"], given["channels"], given["classes"], size, 0.5)
+    given = dict(resolution=16, channels=3, classes=10, width=32, mult=(1, 2), blocks=1, attention=(8,), augment=0) | options
+    shape = found.resolution, found.channels, found.classes, found.size
+    assert (*shape[:3], *found.size) == tuple(given.values())[:7] and found.sigma_data == 0.5
     assert all(v.dtype == torch.float32 and v.is_contiguous() for v in found.state.values())
-    net = unet.UNet(found.resolution, found.channels, found.classes, found.size).double()
+    net = unet.UNet(*shape).double()
     net.load_state_dict(found.state, strict=True)
     x = torch.randn(3, found.channels, found.resolution, found.resolution, dtype=torch.float64)
     c_noise, label = torch.tensor([-1.5, 0.2, 1.1], dtype=torch.float64), torch.tensor([0, found.classes - 1, 1])
     wanted = oracle(data["ema"].model.double(), x, c_noise, label)
     with torch.no_grad():
         torch.testing.assert_close(net(x, c_noise, label), wanted, rtol=0, atol=1e-5 * wanted.std().item())
+
+
+def test_places_are_named_as_there():
+    """Which blocks there are and of which width, the parameter counts of test_unet.py say."""
+    net = snapshot_of()["ema"].model
+    assert list(net.enc) == ["16x16_conv", "16x16_block0", "8x8_down", "8x8_block0"]
+    assert " ".join(net.dec) == "8x8_in0 8x8_in1 8x8_block0 8x8_block1 16x16_up 16x16_block0 16x16_block1"
 
 
 def test_imagenet_is_size_B():
@@ -247,14 +218,16 @@ def test_imagenet_is_size_B():
     assert unet.SIZES["B"] == (args["model_channels"], mult, args["num_blocks"], attention)
 
 
-@pytest.mark.parametrize("package", ["numpy.core", "numpy._core"])
-@pytest.mark.parametrize("protocol", [4, 5])
-def test_numpy_scalars_and_protocols(place, package, protocol):
+@pytest.mark.parametrize("package", [b"numpy.core", b"numpy._core"])  # before numpy 2, and from 2 on
+@pytest.mark.parametrize("value", [0.5, 0.4])
+def test_numpy_scalars(place, package, value):
     data = snapshot_of()
-    data["ema"].sigma_data = Scalar(0.5, package)
-    assert snapshot.read(dump(data, place, protocol)).sigma_data == 0.5
-    data["ema"].sigma_data = Scalar(0.4, package)
-    refused(dump(data, place, protocol), "sigma_data is 0.4")
+    data["ema"].sigma_data = np.float64(value)
+    place.write_bytes(re.sub(rb"numpy\._?core", package, dump(data, place, protocol=3).read_bytes()))
+    if value == 0.5:
+        assert snapshot.read(dump(data, place, protocol=5)).sigma_data == snapshot.read(place).sigma_data == 0.5
+    else:
+        refused(place, "sigma_data is 0.4; only 0.5")
 
 
 # --------------------------------------------------------------- hostile
@@ -345,14 +318,16 @@ def test_code_runs_nowhere(place, place_it, evil, word):
     refused(dump(data, place), "refused, nothing of it was run", word)
 
 
-@pytest.mark.parametrize("evil, word", [
-    *((storage(raw), "damaged or holds more than numbers") for raw in (
+@pytest.mark.parametrize("data, word", [
+    *(({"": storage(raw)}, "damaged or holds more than numbers") for raw in (
         b"", b"junk", legacy([1]), legacy(torch.zeros(3)), numbers(torch.zeros(3).int()),
         numbers(torch.zeros(4), zipped=True), numbers(torch.zeros(99))[:-5])),
-    *((Evil(torch._utils._rebuild_tensor_v2, storage(numbers(torch.zeros(4))), *view, False, {}), "RuntimeError")
-      for view in ((0, (5,), (1,)), (2, (3,), (1,)), (-1, (2,), (1,)), (0, (2,), (-1,)), (0, (2 ** 50,), (1,))))])
-def test_a_storage_is_numbers_and_a_tensor_stays_inside(place, evil, word):
-    refused(dump({"loss_fn": evil}, place), word)
+    *(({"": Evil(torch._utils._rebuild_tensor_v2, storage(numbers(torch.zeros(4))), *view, False, {})}, "RuntimeError")
+      for view in ((0, (5,), (1,)), (2, (3,), (1,)), (-1, (2,), (1,)), (0, (2,), (-1,)), (0, (2 ** 50,), (1,)))),
+    ([], "TypeError"), ("ema", "TypeError"), (7, "TypeError"), ({}, "KeyError"),
+    *(({"ema": ema}, "Error: ") for ema in (None, "ema", {"weight": 1}, torch.zeros(3)))])
+def test_a_storage_is_numbers_a_tensor_stays_inside_and_ema_is_a_network(place, data, word):
+    refused(dump(data, place), word)
 
 
 # ---------------------------------------------------------- other networks
@@ -409,9 +384,9 @@ LIES = [(argued(**args), words) for args, words in [  # did a network of terabyt
     (dict(label_dim=11), "map_label.weight is [128, 10]"),
     (dict(in_channels=1, out_channels=1), "enc.16x16_conv.weight is [32, 3, 3, 3]"),
 ]]
-OTHERS = [  # one of each kind of row in snapshot.py's tables
-    *((lambda data, net, ema=ema: data.update(ema=ema), "Error: ") for ema in (None, "ema", {"x": 1}, torch.zeros(3))),
-    (lambda data, net: data.clear(), "KeyError: "),
+FACTS = {path.rpartition(".")[2]: path for path in snapshot._facts(unet.UNet(16, 3, 10, unet.Size(32, (1, 2), 1, (8,))))}
+OTHERS = [
+    *((change(path.rpartition(".")[0], **{name: 0.7}), f"its {path} is 0.7") for name, path in FACTS.items()),
     (change("", kind="SongUNet"), "network is SongUNet; only DhariwalUNet can be loaded"),
     (change("", kind=["DhariwalUNet"]), "network is list"),
     (lambda data, net: setattr(data["ema"], "kind", "iDDPMPrecond\n" * 99), "preconditioning is iDDPMPrecond"),
@@ -419,23 +394,15 @@ OTHERS = [  # one of each kind of row in snapshot.py's tables
     (lambda data, net: data["ema"].__dict__.update(_modules=7), "TypeError: "),
     (change("map_label", _parameters={"weight": torch.zeros(10, 128)}), "map_label.weight is [10, 128]; only [128, 10"),
     (change("out_norm", _parameters={"weight": torch.ones(32), "bias": "[32]"}), "out_norm.bias is str"),
-    (change("out_norm", _parameters={}), "out_norm.weight is NoneType"),
     (lambda data, net: delattr(net.enc["8x8_block0"], "qkv"), "8x8_block0.qkv.weight is NoneType"),
-    (lambda data, net: net.dec.update({"4x4_block0": norm(8)}), "dec.4x4_block0 is too much"),
+    (lambda data, net: net.dec.update({"4x4_block0": Part("UNetBlock")}), "dec.4x4_block0 is too much"),
     (change("out_norm", _buffers={"mean\n": torch.zeros(3)}), "out_norm.mean\\n is too much"),
     (lambda data, net: net.enc.add_module("again", net.enc), "enc.again is too much"),
     (poison(math.nan), "8x8_block0.qkv.weight, finite, is False"),
     (poison(1e300, torch.float64), "8x8_block0.qkv.weight, finite, is False"),  # infinite as a float32
     (filters(torch.tensor([[[[0.1, 0.4], [0.25, 0.25]]]])), "8x8_down.conv0.resample_filter, a mean,"),
     (filters(torch.full((1, 1, 4, 4), 1 / 16)), "8x8_down.conv0.resample_filter is [1, 1, 4, 4]"),
-    (filters(None), "8x8_down.conv0.resample_filter is NoneType"),
-    (change("enc.8x8_block0", num_heads=2), "8x8_block0.num_heads is 2; only 1"),
-    (change("enc.8x8_block0", skip_scale=0.5 ** 0.5), "8x8_block0.skip_scale is 0.7"),
-    (change("enc.8x8_block0", skip_scale=torch.ones(2)), "8x8_block0.skip_scale is Tensor"),
-    (change("enc.8x8_down.conv0", fused_resample=True), "8x8_down.conv0.fused_resample is True"),
-    (change("enc.8x8_down.skip", down=False, up=True), "8x8_down.skip.up is True"),
-    (change("out_norm", eps=1e-6), "out_norm.eps is 1e-06"),
-    (change("map_noise", endpoint=True), "map_noise.endpoint is True"), (one_number, "its length is"),
+    (one_number, "its length is"),
 ]
 
 
@@ -444,8 +411,3 @@ def test_networks_of_another_kind(place, edit, words):
     data = snapshot_of()
     edit(data, data["ema"].model)
     refused(dump(data, place), words)
-
-
-@pytest.mark.parametrize("data", [[], "ema", 7])
-def test_no_dictionary(place, data):
-    refused(dump(data, place), "TypeError: ")

@@ -182,7 +182,7 @@ def test_random_and_path_starts(small):
     ("--stages adm --init dm-XXS", "of size XXS"), ("--init dm --student-size XS", "of size B"),
     ("--init dm-nothing", "students3-nothing/dm"), ("--init nowhere.pt", "nowhere.pt"),
     ("--init {images}", "fashion-mnist"), ("--init {small}/seed0/students3/dm/best.pt", "3 network"),
-    ("--partition random --init dm-", "same --partition")])
+    ("--partition random --init dm-", "same --partition"), ("--init tsm-x --student-size XXS", "tsm-x")])
 def test_what_is_no_start(small, tmp_path, line, words):
     """Of another size, data, or classes; not there; more than one network."""
     image_teacher(tmp_path / "images.pt", "XXS")
