@@ -76,7 +76,6 @@ PRESETS = {
     # CM's ImageNet-64 run: 600 000 updates of batch 2048 at 8e-6; MSD has no CD on images
     ("imagenet64", "default"): dict(CM, steps=600_000, batch=2048, lr=8e-6),
 }
-PRESETS["imagenet64", "paper"] = PRESETS["imagenet64", "default"]
 
 
 # ------------------------------------ the method: scalings, step, loss

@@ -76,7 +76,6 @@ PRESETS = {
     ("imagenet64", "default"): dict(LAW, which="edm-imagenet-64x64-cond-adm.pkl", steps=610_000, batch=4096, lr=1e-4,
                                     decay="constant", ema=0.99994, sampler_steps=256),
 }
-PRESETS["imagenet64", "paper"] = PRESETS["imagenet64", "default"]
 
 
 # ---------------------------------------- preconditioning, noise, loss

@@ -1,7 +1,7 @@
 """What is measured of a sampler, and what a run says at its end: one report for both papers.
 
-A judge compares samples: l1 of histograms (toy), a Frechet distance (images). Samplers are measured into Rows, rows of all
-seeds become results.json, a table, verdicts and figures. Two results files of a run folder, K by K:
+A judge compares samples: l1 of histograms (toy), a Frechet distance (images). Of each sampler a Row is measured; rows
+of all seeds become results.json, a table, verdicts and figures. Two results files of a run folder, K by K:
 
     python evaluate.py runs/toy --compare none reg          results.json with results-reg.json
     python evaluate.py runs/toy --compare XS/dm XS none     XS after DM with XS at its end, and with results.json
@@ -80,19 +80,26 @@ class Features:
 
 
 def judge(run_flags: run.Flags, source: Callable, ranks: common.Ranks) -> Judge:
-    """Of images: by NVIDIA's Inception (--features PATH), or by a classifier trained on source(), the data.
-
-    The classifier and the data's features are kept in OUT/data; the first rank makes them."""
-    facts = data.facts(run_flags.dataset, run_flags.resolution)
+    """Of images: by NVIDIA's Inception (--features PATH), or by a classifier trained on source(), the data."""
+    facts, device = data.facts(run_flags.dataset, run_flags.resolution), ranks.device
     if facts.stacked:
         return toy_judge(facts)
-    home, device = Path(run_flags.out) / "data", ranks.device
-    path = home / f"classifier-{facts.resolution}px.pt"
-    if ranks.rank == 0 and not run_flags.features and not path.exists():
-        print(f"{path}: training a classifier, the judge of images …", flush=True)
+
+    def once(name: str, make: Callable) -> Path:
+        """OUT/data/name, made by the first rank."""
+        path = Path(run_flags.out) / "data" / name
+        if ranks.rank == 0 and not path.exists():
+            print(f"{path}: made once, to judge images …", flush=True)
+            make(path)
+        ranks.wait()
+        return path
+
+    def train(path: Path):
         fid.save_classifier(path, fid.train_classifier(source().x, source().label, facts.classes, device=device))
-    ranks.wait()
-    net = fid.Inception(run_flags.features, device) if run_flags.features else fid.load_classifier(path).to(device)
+
+    def extract(path: Path):
+        x, label = zip(*source().truth(0, run_flags.eval_samples))
+        run.save_tensors(path, {"features": [net.features(part) for part in x], "label": list(label)})
 
     def statistics(x: Tensor, label: Tensor) -> Features:  # judged as the image that is saved
         return Features(net.features(images.to_uint8(x).cpu()), label)
@@ -107,15 +114,14 @@ def judge(run_flags: run.Flags, source: Callable, ranks: common.Ranks) -> Judge:
 
     @functools.cache
     def real() -> dict:
-        path = home / f"features-{common.fingerprint(net.net if run_flags.features else net)}.pt"  # of these weights
-        if ranks.rank == 0 and not path.exists():
-            print(f"{path}: features of the data …", flush=True)
-            x, label = zip(*source().truth(0, run_flags.eval_samples))
-            run.save_tensors(path, {"features": [net.features(part) for part in x], "label": list(label)})
-        ranks.wait()
-        kept = run.load_tensors(path)
+        weights = common.fingerprint(net.net if run_flags.features else net)
+        kept = run.load_tensors(once(f"features-{weights}.pt", extract))
         training, test = map(Features, kept["features"], kept["label"])
         return {"real": training, "real_select": training, "floor_data": training.distance(test)}
+    if run_flags.features:
+        net = fid.Inception(run_flags.features, device)
+    else:
+        net = fid.load_classifier(once(f"classifier-{facts.resolution}px.pt", train)).to(device)
     return Judge(net.name, statistics, Features.distance, check, lambda seed, number: dict(real()))
 
 
@@ -123,21 +129,15 @@ def judge(run_flags: run.Flags, source: Callable, ranks: common.Ranks) -> Judge:
 
 @dataclass
 class Row:
-    """What is measured of one sampler, with one seed. None: not measured, and not in results.json."""
-    to_teacher: float | None = None  # distance of its samples to the teacher's samples: "l1", of images "fd"
-    to_data: float | None = None  # to the data: "l1_data", "fd_data"
-    per_class: list | None = None  # to the teacher's samples, class by class
-    checks: dict = field(default_factory=dict)  # toy: within, modes, mode_min, mode_max; images: right class
+    """What is measured of one sampler, with one seed; what is None is not in results.json."""
+    to_teacher: float | None = None  # distance to the teacher's samples: "l1", of images "fd"
+    to_data: float | None = None  # distance to the data: "l1_data", "fd_data"
     seconds: float | None = None  # of training in this stage, all its students together
-    last: tuple = (None, None)  # to_teacher, to_data of the last checkpoint instead of the chosen one
-    more: dict = field(default_factory=dict)  # {name: value} that only this kind of sampler has
+    more: dict = field(default_factory=dict)  # {name: value}: the judge's checks, and what only this sampler has
 
     def numbers(self, m: str) -> dict:
         """{name in results.json: value}; m: l1 or fd."""
-        mean = None if self.per_class is None else sum(self.per_class) / max(1, len(self.per_class))
-        named = {m: self.to_teacher, f"{m}_data": self.to_data, "per_class": self.per_class, "per_class_mean": mean,
-                 **self.checks, "seconds": self.seconds, f"{m}_last": self.last[0], f"{m}_data_last": self.last[1],
-                 **self.more}
+        named = {m: self.to_teacher, f"{m}_data": self.to_data, **self.more, "seconds": self.seconds}
         return {name: value for name, value in named.items() if value is not None}
 
 
@@ -146,14 +146,14 @@ class Sampler:
     """Whose samples are measured: K students in turn, one merged from them, the teacher in fewer steps …"""
     stage: str  # where its row stands: dm, adm, cd, post, o2mkd, merged, heun-20 …
     K: int  # number of students; 0: the teacher
-    seed: int  # of its run
+    seed: int
     sample: Callable  # (z [N, *shape], label [N]) -> x [N, *shape] on the CPU, images as uint8
     keep: Path | None = None  # the folder for samples.pt
     student: Callable | None = None  # label [N] -> which student answers [N]; kept with the samples
     seconds: float | None = None  # of training
-    last: Callable | None = None  # as `sample`, by the last checkpoint
+    last: Callable | None = None  # as `sample`, by the last checkpoint instead of the chosen one
     per_class: bool = False  # also class by class?
-    more: dict = field(default_factory=dict)  # for Row.more
+    more: dict = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -161,20 +161,19 @@ def measure(sampler: Sampler, given, number: int) -> Row:
     """Measure `number` samples, equally many a class. given: the seed's teacher.Given (judge, references, facts)."""
     facts, judge, report, real = given.facts, given.judge, given.references["report"], given.references["real"]
     z = torch.randn(number, *facts.shape, generator=common.generator(sampler.seed, "report z"))
-    label = data.stratified(number, facts.classes)
+    label, m = data.stratified(number, facts.classes), facts.metric
     x = sampler.sample(z, label)
     if sampler.keep:
         who = {"student": sampler.student(label)} if sampler.student else {}
         run.save_tensors(sampler.keep / "samples.pt", {"x": x, "label": label, **who})
-    mine = judge.statistics(x, label)
-    row = Row(judge.distance(mine, report), judge.distance(mine, real), checks=judge.check(x, label),
-              seconds=sampler.seconds, more=sampler.more)
-    if sampler.per_class:
-        row.per_class = [judge.distance(mine, report, [c]) for c in range(facts.classes) if facts.classes <= 100]
+    mine, more = judge.statistics(x, label), {**judge.check(x, label), **sampler.more}
+    if sampler.per_class and facts.classes <= 100:
+        more["per_class"] = [judge.distance(mine, report, [c]) for c in range(facts.classes)]
+        more["per_class_mean"] = sum(more["per_class"]) / facts.classes
     if sampler.last:
         last = judge.statistics(sampler.last(z, label), label)
-        row.last = judge.distance(last, report), judge.distance(last, real)
-    return row
+        more |= {f"{m}_last": judge.distance(last, report), f"{m}_data_last": judge.distance(last, real)}
+    return Row(judge.distance(mine, report), judge.distance(mine, real), sampler.seconds, more)
 
 
 def measure_all(samplers, given: dict, number: int) -> dict:
@@ -185,12 +184,12 @@ def measure_all(samplers, given: dict, number: int) -> dict:
     return rows
 
 
-def teacher_row(given, y: Tensor, statistics=None) -> Row:
-    """Of the teacher's samples y [N, *shape], equally many a class; statistics: of y, if known already."""
-    label = data.stratified(len(y), given.facts.classes)
-    mine = given.judge.statistics(y, label) if statistics is None else statistics
-    floor = {k: v for k, v in given.references.items() if k == "floor"}
-    return Row(None, given.judge.distance(mine, given.references["real"]), None, given.judge.check(y, label), more=floor)
+def teacher_row(given, y: Tensor) -> Row:
+    """Of the teacher's samples y [N, *shape], equally many a class."""
+    judge, label = given.judge, data.stratified(len(y), given.facts.classes)
+    to_data = judge.distance(judge.statistics(y, label), given.references["real"])
+    floor = {k: v for k, v in given.references.items() if k == "floor"}  # two draws of it
+    return Row(to_data=to_data, more={**judge.check(y, label), **floor})
 
 
 @torch.no_grad()
@@ -210,19 +209,17 @@ def throughput(function: Callable, number: int) -> float:
 # ------------------------------------------------------- results.json
 
 STAGES = ("post", "cd", "dm", "adm", "o2mkd")  # the last of these is "students"; merged, heun-20 … stand beside
-COLUMNS = {"{}": ("{} to teacher", ".4f"), "{}_sd": ("± sd", ".4f"), "{}_data": ("{} to data", ".4f"),
-           "{}_data_sd": ("± sd", ".4f"), "within": ("within", ".4f"), "modes": ("modes", ".1f"),
-           "mode_min": ("emptiest", ".2f"), "mode_max": ("fullest", ".2f"), "right class": ("right class", ".4f"),
-           "seconds": ("train s", ".0f"), "parameters": ("parameters", ","), "multiply_adds": ("mult-adds", ".3g")}
+COLUMNS = ("{}", "{}_sd", "{}_data", "{}_data_sd", "within", "modes", "mode_min", "mode_max", "right class", "seconds",
+           "parameters", "multiply_adds")
 
 
-def summary(rows: list[dict], metric: str = "") -> dict:
-    """Means over the seeds, and every seed; of the distances to teacher and data, if a metric is given, also the sd."""
+def summary(rows: list[dict]) -> dict:
+    """Means over the seeds, and every seed; of the distances to teacher and data also the standard deviation."""
     out = {}
     for name in rows[0]:
         values = torch.tensor([row[name] for row in rows], dtype=torch.float64)
         out[name] = values.mean(0).tolist()
-        if metric and name in (metric, f"{metric}_data"):
+        if name in ("l1", "l1_data", "fd", "fd_data"):
             out[f"{name}_sd"] = values.std().item() if len(rows) > 1 else None
     return {**out, "per_seed": rows}
 
@@ -241,11 +238,11 @@ def results_of(run_flags: run.Flags, given: dict, rows: dict, evaluations: int, 
     first, stages = next(iter(given.values())), {}
     m = first.facts.metric
     for stage, of_k in rows.items():
-        stages[stage] = {str(K): summary([row.numbers(m) for row in per_seed], m) for K, per_seed in of_k.items()}
+        stages[stage] = {str(K): summary([row.numbers(m) for row in per_seed]) for K, per_seed in of_k.items()}
     if teacher is None:
-        kept = [run.load_shards(Path(run_flags.out) / f"seed{seed}" / "reference", "report") for seed in given]
-        teacher = [teacher_row(g, y, g.references["report"]) for g, y in zip(given.values(), kept)]
-    of_teacher = summary([row.numbers(m) for row in teacher], m if method else "")  # MSD's never had the sd
+        kept = [Path(run_flags.out) / f"seed{seed}" / "reference" for seed in given]
+        teacher = [teacher_row(g, run.load_shards(folder, "report")) for g, folder in zip(given.values(), kept)]
+    of_teacher = summary([row.numbers(m) for row in teacher])
     floor = summary([{"data": g.references["floor_data"]} for g in given.values()])["data"]
     return {**({"method": method} if method else {"floor": of_teacher["floor"]}), "dataset": run_flags.dataset,
             "seeds": list(given), "samples": run_flags.eval_samples, "metric": m, "title": first.judge.title,
@@ -268,7 +265,7 @@ def merged(path: Path, results: dict) -> dict:
         aside = next(name for name in names if not name.exists())
         print(f"\n{path} was of other seeds or flags: moved to {path.replace(aside)}")
         return new
-    out = {**{k: old[k] for k in old if k == "bound"}, **new, "stages": {}}
+    out = {**new, "stages": {}}
     for name in {"configs", "partition", "edges", "cost"} & new.keys():
         out[name] = {**old.get(name, {}), **new[name]}
     for stage in dict.fromkeys([*STAGES, *old["stages"], *new["stages"]]):  # in this order
@@ -280,24 +277,24 @@ def merged(path: Path, results: dict) -> dict:
 def table(results: dict) -> str:
     """A line for the teacher and for each K and stage, a column for each number that one of them has."""
     m, teacher, cost, rows = results["metric"], results["teacher"], results.get("cost", {}), []
-    lines = {f"teacher, {teacher['evaluations']} evaluations": {m: teacher.get("floor"), **teacher, **cost.get("0", {})}}
+    lines = {f"teacher, {teacher['evaluations']} evaluations": {m: teacher.get("floor")} | teacher | cost.get("0", {})}
     if "bound" in results:
         lines[f"{results['bound']['points']}-point Heun"] = results["bound"]
     for stage, of_k in results["stages"].items():
         if not stage.startswith(("heun-", "ddim-")):  # those: figure "curve"
             rows += [(int(K), stage, row) for K, row in of_k.items() if m in row]
     for K, stage, row in sorted(rows, key=lambda r: r[0]):
-        lines[f"{K} student{'s' * (K != 1)}, {stage}"] = {**row, **(cost.get(str(K), {}) if stage == "o2mkd" else {})}
+        lines[f"{K} student{'s' * (K != 1)}, {stage}"] = row | (cost.get(str(K), {}) if stage == "o2mkd" else {})
     text = [["", *lines]]  # column by column
-    for name, (title, form) in COLUMNS.items():
-        values = [row.get(name.format(m)) for row in lines.values()]
+    for name in (column.format(m) for column in COLUMNS):
+        values = [row.get(name) for row in lines.values()]
         if any(value is not None for value in values):
-            text.append([title.format(m), *("" if value is None else f"{value:{form}}" for value in values)])
+            text.append([name, *("" if value is None else plot.short(value) for value in values)])
     wide = [max(map(len, column)) for column in text]
     out = ["  ".join(f"{cell:>{w}}" for cell, w in zip(line, wide)) for line in zip(*text)]
-    return "\n".join([*out, f"{m}: {results['title']}. Teacher to teacher: two draws. Two draws of the data (of images: "
-                            f"training, test): {results['floor_data']:.4f}. Seeds: {len(results['seeds'])}. Train s: all "
-                            f"students."])
+    out.append(f"{m}: {results['title']}, to the teacher's samples, of the teacher two draws; {m}_data: to the data, of them "
+               f"(images: training, test) {plot.short(results['floor_data'])}; {len(results['seeds'])} seed(s)")
+    return "\n".join(out)
 
 
 def report(path: Path, results: dict, lines: list[str]) -> None:
@@ -338,24 +335,27 @@ def comparison(question: str, a: list[dict], b: list[dict], metric: str) -> str:
 def verdicts(results: dict) -> list[str]:
     """What a run's numbers say: most students against fewest, against the teacher, merged ones."""
     m, by_level, stages, lines = results["metric"], "method" in results, results["stages"], []
-    rows, teacher = {K: row["per_seed"] for K, row in results["students"].items()}, results["teacher"]["per_seed"]
-    ks, letter, to_data = sorted(rows, key=int), "N" if by_level else "K", f"{m}_data"
+    rows = {K: row["per_seed"] for K, row in sorted(results["students"].items(), key=lambda item: int(item[0]))}
+    fewest, most, letter, to_data = [*rows][0], [*rows][-1], "N" if by_level else "K", f"{m}_data"
     compress = last_of(stages) in ("dm", "cd")  # the teacher is the aim; else the data are
-    aims = {} if compress and m == "l1" else {to_data: "data"}
-    for metric, what in (aims if by_level else {**aims, m: "teacher"}).items() if len(ks) > 1 else ():
-        question = f"{letter} = {ks[-1]} below {letter} = {ks[0]}, to the {what}?"
-        lines.append(comparison(question, rows[ks[-1]], rows[ks[0]], metric))
-    for K in () if compress else ks:
-        lines.append(comparison(f"{letter} = {K}, to the data, below the teacher?", rows[K], teacher, to_data))
+    for metric, what in ((to_data, "data"), (m, "teacher")) if len(rows) > 1 else ():
+        if not (by_level if metric == m else compress and m == "l1"):
+            question = f"{letter} = {most} below {letter} = {fewest}, to the {what}?"
+            lines.append(comparison(question, rows[most], rows[fewest], metric))
+    for K in () if compress else rows:
+        question = f"{letter} = {K}, to the data, below the teacher?"
+        lines.append(comparison(question, rows[K], results["teacher"]["per_seed"], to_data))
     for N, row in stages.get("merged", {}).items():
-        for other in sorted({N, ks[0]}, key=int):
+        for other in dict.fromkeys((fewest, N)):
             question = f"N = {N} merged below N = {other}, to the data?"
             lines.append(comparison(question, row["per_seed"], rows[other], to_data))
     return lines
 
 
 def compare(out: Path, names: list[str]) -> list[str]:
-    """Is the first below each of the others, K by K, on the seeds that both have? names: TAG, TAG/STAGE; none: no tag."""
+    """Is the first below each of the others, K by K, on the seeds that both have? names: TAG, TAG/STAGE; none: no tag.
+
+    UserError if they share no seed or K, or have other numbers of samples."""
     found, lines = [], []
     for name in names:
         tag, _, stage = name.partition("/")
@@ -365,11 +365,9 @@ def compare(out: Path, names: list[str]) -> list[str]:
         found.append((name, results, {K: dict(zip(results["seeds"], row["per_seed"])) for K, row in rows.items()}))
     (first, mine, a), *others = found
     for name, theirs, b in others:
-        seeds = [seed for seed in mine["seeds"] if seed in theirs["seeds"]]
-        ks = [K for K in a if K in b]
+        seeds, ks = [seed for seed in mine["seeds"] if seed in theirs["seeds"]], [K for K in a if K in b]
         if not seeds or not ks or mine["samples"] != theirs["samples"]:
-            have = (f"{r['samples']} samples, seeds {r['seeds']}, K {[*rows]}" for _, r, rows in (found[0], (name, theirs, b)))
-            raise UserError(f"--compare {first} {name}: not comparable: {' and '.join(have)}")
+            raise UserError(f"--compare {first} {name}: no seed or K that both have, or other numbers of samples")
         if mine["seeds"] != theirs["seeds"]:
             lines.append(f"{first} with seeds {mine['seeds']}, {name} with {theirs['seeds']}: compared on {seeds}")
         for K in ks:

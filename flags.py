@@ -149,7 +149,7 @@ def parse(cls, presets: dict, argv=None, doc: str = ""):
     """Command line -> cls, whose fields are flags or groups of flags. A flag beats a preset beats a default.
 
     presets: {group ("" = cls itself): {(dataset, preset) or (dataset, preset, student size): {field: value}}}; "like"
-    in the group "run": the dataset whose values hold where there are none of its own."""
+    in the group "run": the (dataset, preset) whose values hold where there are none of its own."""
     parts = {"": cls, **{f.name: f.type for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.type)}}
     parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     table, default, chosen = {}, {}, {}  # by typed name: (group, field), and values
@@ -165,9 +165,9 @@ def parse(cls, presets: dict, argv=None, doc: str = ""):
 
     dataset, preset, size = (given.get(name, default.get(name)) for name in ("dataset", "preset", "student_size"))
     lines = presets.get("run", {})
-    like = lines.get((dataset, preset), {}).get("like", dataset)
+    like = lines.get((dataset, preset), {}).get("like", (dataset, preset))
     for name, (group, f) in table.items():
-        for key in ((like, preset), (dataset, preset), (like, preset, size)):
+        for key in (like, (dataset, preset), (*like, size)):
             line = presets.get(group, {}).get(key, {})
             if f.name in line:
                 chosen[name] = line[f.name]

@@ -71,7 +71,7 @@ PRESETS = {"run": run.PRESETS, "teacher": edm.PRESETS, "dm": dmd.PRESETS, "tsm":
            "cd": consistency.PRESETS, "": {
     ("fashion-mnist", "default"): dict(students=[1, 5]), ("fashion-mnist", "smoke"): dict(students=[1, 3]),
     ("cifar10", "default"): dict(students=[1, 5]), ("cifar10", "smoke"): dict(students=[2]),
-    ("imagenet64", "default"): dict(students=[4]), ("imagenet64", "paper"): dict(students=[4])}}
+    ("imagenet64", "default"): dict(students=[4])}}
 
 
 def facts_of(f: Flags) -> data.Facts:

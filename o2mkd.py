@@ -122,13 +122,12 @@ def ranges(number: int, scheme: str = "uniform") -> list[int]:
     edges = [round(BINS * u) for u in power.get(scheme, [0])] + [int(n) + 1 for n in re.findall(r"-(\d+)", scheme)]
     bins = ",".join(f"{a}-{b - 1}" for a, b in zip(edges, edges[1:]))
     if scheme not in (*power, bins) or edges != sorted({*edges}) or (len(edges), edges[-1]) != (number + 1, BINS):
-        raise UserError(f"--scheme {scheme}: not {number} ranges, none empty, that cover the bins once, as 0-99,100-{BINS - 1} "
-                        f"does, nor one of {', '.join(power)}")
+        raise UserError(f"--scheme {scheme}: not {number} ranges that cover the bins once, none empty; nor {', '.join(power)}")
     return edges
 
 
 class Router:
-    """Which student answers? The owner of the sigma that is passed to the network; the outer ranges are open.
+    """Which student k [...] answers? The owner of the sigma [...] that is passed to the network; the outer ranges are open.
 
     parts: blocks of classes; student block * R + range answers for its block."""
 
@@ -138,7 +137,6 @@ class Router:
         self.of_class = msd.Router(parts) if len(parts) > 1 else None
 
     def __call__(self, sigma: Tensor, label: Tensor | None = None) -> Tensor:
-        """k [...] of sigma [...] and label [...]."""
         k = torch.bucketize(sigma.float(), self.bounds.to(sigma.device), right=True)
         return k + (len(self.edges) - 1) * self.of_class(label) if self.of_class else k
 
@@ -280,7 +278,7 @@ def size_of(flags, facts: data.Facts, teacher_size):
 
 
 def start_of(flags, given) -> Start:
-    """theta_0, of all students of a seed. UserError if it is of another size."""
+    """theta_0, of all students of a seed. UserError if --init is of another size."""
     size = size_of(flags, given.facts, given.size)
     if flags.init:
         start = start_from(folder_of(flags, given.seed, 1).with_name(flags.init), "ema.pt", 0)
@@ -393,7 +391,7 @@ def measured(flags: Flags, given, N: int, device):
     folder, n_steps = folder_of(flags, seed, N), flags.teacher.sampler_steps
 
     def by(denoise, steps=n_steps, sampler=flags.sampler):
-        def sample(z, label):  # x [N, *shape] on the CPU, images as uint8
+        def sample(z, label):
             chunks = zip(z.to(device).split(facts.chunk), label.to(device).split(facts.chunk))
             x = torch.cat([edm.SAMPLERS[sampler](denoise, a[None], b[None], steps)[0].cpu() for a, b in chunks])
             return x if facts.stacked else to_uint8(x)
@@ -423,7 +421,7 @@ def measured(flags: Flags, given, N: int, device):
             yield f"drift-{name}", Row(more={"distance": value})
         if flags.sampler != "heun":  # the kept samples are Heun's
             yield "teacher", evaluate.teacher_row(given, by(mu)(*latents("teacher z")))
-    if D:  # of a sample: all its evaluations
+    if D:  # of a whole sample
         adds = evaluate.multiply_adds(denoise, facts, device) * edm.evaluations(n_steps, flags.sampler)
         kept = max(N, 1) * sum(p.numel() for p in D.parameters())
         yield "cost", Row(more={"parameters": kept, "multiply_adds": adds})

@@ -59,11 +59,12 @@ LARGE = dict(eval_samples=50_000, save_every=1000)
 PRESETS = {
     ("toy", "default"): {}, ("toy", "few-pairs"): {}, ("toy", "paper"): {},
     ("toy", "smoke"): dict(eval_samples=800, save_every=20),
-    **{("toy-prompts", name): dict(like="toy") for name in ("default", "few-pairs", "paper", "smoke")},
+    **{("toy-prompts", name): dict(like=("toy", name)) for name in ("default", "few-pairs", "paper", "smoke")},
     ("fashion-mnist", "default"): dict(eval_samples=10_000, save_every=250),
     ("fashion-mnist", "smoke"): dict(eval_samples=40, save_every=3),
     ("cifar10", "default"): LARGE, ("cifar10", "smoke"): dict(eval_samples=20, save_every=2),
-    ("imagenet64", "default"): LARGE, ("imagenet64", "paper"): LARGE,  # [MSD App. E]
+    ("imagenet64", "default"): LARGE,  # [MSD App. E]
+    ("imagenet64", "paper"): dict(like=("imagenet64", "default")),
 }
 
 

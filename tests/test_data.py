@@ -204,16 +204,12 @@ FOLDERS = [  # (dataset, how the folder is filled, what is said)
 ]
 ZIPS = [  # (how it is made, what is said)
     (lambda p: p.write_text("hello"), "d.zip: damaged"), (half_zip, "img00000001.png: damaged"),
-    (lambda p: make_zip(p, [1, 1000]), "labels from 1 to 1000.*from 0 to 999"),
-    (lambda p: make_zip(p, [-1, 3]), "labels from -1"),
+    (lambda p: make_zip(p, [-1, 3]), "labels from -1 to 3"),
     (lambda p: make_zip(p, listing=None), "dataset.json.*no item named"),
-    (lambda p: make_zip(p, listing='{"labels": null}'), "dataset.json: damaged"),
     (lambda p: make_zip(p, listing='{"labels": []}'), "dataset.json: damaged.*00000/img00000000.png"),
-    (lambda p: make_zip(p, listing='{"labels": 3'), "dataset.json: damaged"),
     (lambda p: make_zip(p, draw=lambda i: picture(9, 64 >> i)), "img00000001.png: damaged.*32"),
     (lambda p: make_zip(p, draw=lambda i: picture(9, channels=1)), r"images \[2, 1, 64, 64\]"),
     (lambda p: make_zip(p, draw=lambda i: picture(9, 48)), r"images \[2, 3, 48, 48\].*\[3, 64, 64\]"),
-    (lambda p: make_zip(p, draw=lambda i: picture(9)[:32]), r"images \[2, 3, 32, 64\]"),
     (lambda p: make_zip(p, draw=lambda i: picture(9, channels=1).astype(np.uint16)), "damaged.*I;16"),
 ]
 
@@ -228,12 +224,6 @@ def test_wrong_files(tmp_path, dataset, make, match):
     with pytest.raises((UserError, FileNotFoundError), match=match) as error:
         source(dataset.replace("zip", "imagenet64"), place, tmp_path / "out")
     assert "\n" not in str(error.value) and not list((tmp_path / "out").rglob("*.tmp"))
-
-
-def test_no_data_at_all(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="nothing in .*data/imagenet-64x64.zip"):
-        source("imagenet64", "", tmp_path / "out")
 
 
 def test_resolutions():

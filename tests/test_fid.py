@@ -140,16 +140,11 @@ class FakeInception(torch.nn.Module):
         return torch.cat([f, f * f, f * f * f, f * f, f * f * f], 1)[:, :2048]
 
 
-class Elsewhere(torch.nn.Module):
-    def forward(self, x: torch.Tensor, return_features: bool = False):
-        return x.float().mean(3).mean(2)
-
-
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory):
     """Folder with TorchScript files: the fake Inception, and one that is something else."""
     folder = tmp_path_factory.mktemp("scripts")
-    for name, net in ((fid.INCEPTION, FakeInception()), ("elsewhere.pt", Elsewhere())):
+    for name, net in ((fid.INCEPTION, FakeInception()), ("elsewhere.pt", torch.nn.Flatten())):
         torch.jit.script(net).save(str(folder / name))
     return folder
 
@@ -163,14 +158,12 @@ def test_inception(scripts):
 
 @pytest.mark.parametrize("name, content, words", [
     ("elsewhere.pt", None, "not NVIDIA's"), ("missing.pt", None, ""), ("text.pt", b"hello", "damaged"),
-    ("list.pt", [1], "not a classifier"),
     ("classes.pt", {"shape": [1, 16, 16], "classes": 4, "net": {}}, "not a classifier")])
-def test_other_files_are_no_features(scripts, tmp_path, name, content, words):
-    path = (tmp_path if content else scripts) / name
+def test_other_files_are_no_features(scripts, name, content, words):
     if content:
-        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        (scripts / name).write_bytes(content) if isinstance(content, bytes) else torch.save(content, scripts / name)
     with pytest.raises((UserError, FileNotFoundError), match=f"{name}.*{words}") as error:
-        fid.extractor(path)
+        fid.extractor(scripts / name)
     assert "\n" not in str(error.value)
 
 
@@ -204,26 +197,22 @@ def test_every_source_gives_the_same_images(tmp_path, channels):
     assert images.read(save_images(tmp_path / "jpg", x, ".JPG")).shape == x.shape
 
 
+def some(*shape):
+    return torch.zeros(shape, dtype=torch.uint8)
+
+
 def several_stages(place):
     for K in (1, 3):
         run.save_tensors(place / f"students{K}/dm/samples.pt", {"x": some(2, 1, 4, 4)})
 
 
-def some(*shape):
-    return torch.zeros(shape, dtype=torch.uint8)
-
-
 @pytest.mark.parametrize("name, make, words", [
-    ("nowhere", lambda p: None, "nowhere"), ("empty", lambda p: p.mkdir(), "no .png"),
-    ("notes.txt", lambda p: p.write_text("hello"), "notes.txt: damaged"),
-    ("runs", several_stages, "give one of .*students1.*students3"),
+    ("nowhere", lambda p: None, "nowhere"), ("runs", several_stages, "give one of .*students1.*students3"),
     ("toy", lambda p: run.save_tensors(p / "samples.pt", {"x": torch.zeros(5, 2)}), "uint8 images"),
-    ("names.npz", lambda p: np.savez(p, images=np.zeros(3)), "arr_0"),
-    ("half.npz", lambda p: p.write_bytes(save_npz(p, some(9, 1, 8, 8)).read_bytes()[:400]), "half.npz: damaged"),
+    ("names.npz", lambda p: np.savez(p, images=np.zeros(3)), "names.npz: damaged.*arr_0"),
     ("float.npz", lambda p: save_npz(p, some(9, 1, 8, 8).float()), r"float32 \[9, 1, 8, 8\]"),
     ("first.npz", lambda p: np.savez(p, arr_0=some(9, 3, 8, 8).numpy()), r"\[9, 8, 3, 8\]"),
     ("odd", lambda p: save_images(save_images(p, some(2, 1, 8, 8)) / "z", some(1, 1, 8, 9)), "z/00000/.*damaged"),
-    ("cut", lambda p: (save_images(p, some(1, 1, 8, 8)) / "b.jpeg").write_bytes(b"hello"), "b.jpeg: damaged"),
 ])
 def test_bad_sources(tmp_path, name, make, words):
     make(tmp_path / name)
@@ -248,9 +237,8 @@ def files(classifier, tmp_path, monkeypatch):
 def distance(capsys, path, ref, features="classifier.pt"):
     """The number that the command prints, its line, and its warnings."""
     fid.main(["--images", str(path), "--ref", str(ref), "--features", str(features), "--device", "cpu"])
-    captured = capsys.readouterr()
-    out = captured.out.strip()
-    return float(re.search(r": ([-+.e0-9]+) \(", out)[1]), out, captured.err.strip()
+    out, err = capsys.readouterr()
+    return float(re.search(r": ([-+.e0-9]+) \(", out)[1]), out, err
 
 
 def test_distance_in_the_classifier(capsys, files, classifier):
@@ -258,7 +246,7 @@ def test_distance_in_the_classifier(capsys, files, classifier):
     there = statistics(classifier.features(y))
     got, out, err = distance(capsys, "images.npz", "reference.npz")
     assert got == pytest.approx(frechet_distance(*statistics(classifier.features(x)), *there), rel=1e-3)
-    assert out.startswith("FD (our classifier): ") and "(150 images against reference.npz)" in out and "warning" not in err
+    assert out.startswith("FD (our classifier): ") and "(150 images against reference.npz)" in out and not err
     np.savez("edm.npz", mu=there[0], sigma=there[1])  # EDM's layout
     assert distance(capsys, save_images(Path("folder"), x), "edm.npz")[0] == got
     assert distance(capsys, "images.npz", "images.npz")[0] < 1e-6
@@ -280,16 +268,13 @@ def test_fid(capsys, files, scripts):
 
 @pytest.mark.parametrize("ref, features, words", [
     ("", "classifier.pt", "--images and --ref"), ("nowhere.npz", "classifier.pt", "nowhere.npz"),
-    ("colour.npz", "classifier.pt", r"\[3, 16, 16\].*\[1, 16, 16\]"), ("other.npz", "classifier.pt", "other.npz.*2048"),
-    ("infinite.npz", "classifier.pt", "infinite.npz.*finite"), ("big.npz", fid.INCEPTION, r"\[16, 16\].*\[32, 32\]"),
-    ("reference.npz", "none.pt", "none.pt")])
+    ("colour.npz", "classifier.pt", r"\[3, 16, 16\].*\[1, 16, 16\]"),
+    ("infinite.npz", "classifier.pt", "infinite.npz.*finite"), ("big.npz", fid.INCEPTION, r"\[16, 16\].*\[32, 32\]")])
 def test_misuse(capsys, files, scripts, ref, features, words):
     save_npz("colour.npz", pictures(8, shape=(3, 16, 16))[0])
     save_npz("big.npz", pictures(8, shape=(1, 32, 32))[0])
-    np.savez("other.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     np.savez("infinite.npz", mu=np.zeros(64), sigma=np.eye(64) + np.inf)
-    features = scripts / features if features == fid.INCEPTION else features
     with pytest.raises(SystemExit) as stop:
-        fid.main(["--images", "images.npz", "--ref", ref, "--features", str(features), "--device", "cpu"])
+        distance(capsys, "images.npz", ref, scripts / features if features == fid.INCEPTION else features)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and "Traceback" not in err and re.search(f"error: .*{words}.*\n$", err)

@@ -140,7 +140,8 @@ def test_interrupted_runs_resume_bit_for_bit(run, tmp_path, moment, count):
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(run, tmp_path):
-    argv = [*SMOKE, "--students", "3", "--teacher", str(run / "seed0/teacher/ema.pt"), "--steps", "9000", "--save-every", "100"]
+    argv = [*SMOKE, "--students", "3", "--teacher", str(run / "seed0/teacher/ema.pt"), "--steps", "9000", "--save-every", "100",
+            "--eval-every", "9000"]
     state = tmp_path / "seed0/students3/dm/state.pt"
     command = [sys.executable, str(ROOT / "msd.py"), *argv, "--out", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

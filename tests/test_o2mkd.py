@@ -43,22 +43,21 @@ def test_ranges_cover_the_levels_exactly_once(scheme, number):
 
 
 def test_schemes_put_more_students_where_they_say():
-    edges = [o2mkd.ranges(4, scheme) for scheme in ("uniform", "small", "large")]
-    uniform, small, large = ([b - a for a, b in zip(e, e[1:])] for e in edges)
-    assert uniform == [250] * 4 and small == sorted(small) and small[0] < 100 and large == small[::-1]
-    assert o2mkd.ranges(3, "0-99,100-299,300-999") == [0, 100, 300, 1000]
+    """Edges at T i / N, T (i / N)^2, mirrored, as written."""
+    edges = [o2mkd.ranges(4, scheme)[1:4] for scheme in ("uniform", "small", "large", "0-99,100-299,300-499,500-999")]
+    assert edges == [[250, 500, 750], [62, 250, 562], [438, 750, 938], [100, 300, 500]]
 
 
 @pytest.mark.parametrize("number, scheme", [
-    (4, "smal"), (2, "0-99,200-999"), (2, "0-500,400-999"), (2, "0-99,100-899"), (2, "0-99,100-1000"), (3, "0-99,100-999"),
-    (3, "0-99,100-49,50-999"), (100, "small")])
+    (4, "smal"), (2, "0-99,200-999"), (2, "0-500,400-999"), (2, "0-99,100-899"), (2, "0-99,100-1000"),
+    (3, "0-99,100-999"), (3, "0-99,100-49,50-999"), (100, "small")])
 def test_a_level_without_an_owner_or_an_owner_without_a_level(number, scheme):
     with pytest.raises(UserError, match=f"--scheme {scheme}: not {number} ranges"):
         o2mkd.ranges(number, scheme)
 
 
 def test_share_of_own_levels_is_p_plus_the_ranges_mass():
-    """Own range with p, else all: p + (1 - p) m; tossed once per student and update, so a batch has one law."""
+    """Own range with p, else all: p + (1 - p) m; tossed once per student and update."""
     low, high = torch.tensor([0, 100, 700]), torch.tensor([100, 700, 1000])
     draws = common.Draws("o2mkd", [Student(0, 3, k, ALL) for k in range(3)])
 
@@ -71,14 +70,13 @@ def test_share_of_own_levels_is_p_plus_the_ranges_mass():
         close(own.mean(0), p + (1 - p) * (high - low).double() / 1000, atol=tolerance, rtol=0)
         if p == 0.3:  # whole batches of the first student's 10 %
             assert ((own[:, 0] == 1).double().mean() - 0.3).abs() < 0.05
-    for p, lowest, highest in ((0, [0, 0, 0], [999, 999, 999]), (1, [0, 100, 700], [99, 699, 999])):
-        edge = bins(0, 200_000, p)
-        assert edge.amin(1).tolist() == lowest and edge.amax(1).tolist() == highest
+    edge = bins(0, 200_000, 1.0)
+    assert edge.amin(1).tolist() == [0, 100, 700] and edge.amax(1).tolist() == [99, 699, 999]
 
 
 @pytest.mark.parametrize("draw", [edm.heun, edm.ddim])
 def test_n_copies_of_the_teacher_are_the_teachers_sampler(draw):
-    """Routed through copies of one denoiser: the same samples bit for bit, and every evaluation ran at its own owner."""
+    """The same samples bit for bit, and every evaluation ran at its own owner."""
     router, (z, label), seen = o2mkd.Router(o2mkd.ranges(4, "small")), latents(64), []
 
     def copy_of(i):
@@ -95,7 +93,7 @@ def test_n_copies_of_the_teacher_are_the_teachers_sampler(draw):
 
 
 def test_both_evaluations_of_a_heun_step_go_to_their_own_owner():
-    """A step across a boundary asks two students: routing by the sigma passed to the network, not by the step's first."""
+    """A step across a boundary asks two students: by the sigma passed to the network, not by the step's first."""
     t, seen, router = edm.sigma_steps(6), [], o2mkd.Router(o2mkd.ranges(2))
     across, = (i for i in range(5) if router(t[i]) != router(t[i + 1]))
     two = [lambda x, s, c, i=i: seen.append(i) or toy_mog.denoiser(x, s, c) for i in range(2)]
@@ -104,7 +102,7 @@ def test_both_evaluations_of_a_heun_step_go_to_their_own_owner():
 
 
 def test_mixed_levels_and_classes_are_answered_one_by_one():
-    """Class blocks x ranges: student block * R + range; a batch of many owners is put together right."""
+    """Class blocks x ranges: student block * R + range. A batch of many owners is put together."""
     router = o2mkd.Router([0, 300, 1000], [torch.arange(4), torch.arange(4, 8)])
     sigma, label = edm.level(torch.tensor([[0, 299, 300, 999] * 2])), torch.tensor([[0, 3, 1, 2, 4, 7, 5, 6]])
     x, scaled = torch.randn(1, 8, 2), [lambda x, s, c, i=i: (i + 1) * x for i in range(4)]
@@ -145,17 +143,14 @@ def test_the_loss_by_features_is_denoising_plus_lambda_times_theirs(double, kd):
     assert (project.weight is None) == (kd == "similarity") and o2mkd.Projection(kd, one, (16,), (16,)).weight is None
     value, parts = o2mkd.o2mkd_loss(student, teacher, *batch, 0.3, kd, project)
     x, label, sigma, noise = batch
-    h, h_teacher = (D.bottleneck(x + sigma[..., None] * noise, sigma, label) for D in (student, teacher))
+    x_t = x + sigma[..., None] * noise
+    h, h_teacher = (D.bottleneck(x_t, sigma, label) for D in (student, teacher))
+    both = student(x_t, sigma, label, features=True)  # in one pass
+    assert torch.equal(both[0], student(x_t, sigma, label)) and torch.equal(both[1], h)
     theirs = o2mkd.FEATURE_LOSSES[kd](project(h), h_teacher)
     close(value, edm.denoising_loss(student, *batch).mean(-1) + 0.3 * theirs, atol=0, rtol=1e-12)
     close(parts[kd], theirs.detach(), atol=0, rtol=1e-12)
     close(parts["prediction"], tsm.tsm_loss(student, teacher, *batch).mean(-1).detach(), atol=0, rtol=1e-12)
-
-
-def test_features_come_with_the_prediction_in_one_pass():
-    (D, _), (x, label, sigma, _) = pair_of(), at_random()
-    value, h = D(x, sigma, label, features=True)
-    assert torch.equal(value, D(x, sigma, label)) and torch.equal(h, D.bottleneck(x, sigma, label))
 
 
 @every_kd
@@ -190,8 +185,6 @@ def test_contrastive_by_hand():
         assert o2mkd.contrastive_loss(h.flip(1), h, 0.5).item() == pytest.approx(2.0, rel=1e-6)
 
 
-# ----------------------------------------------------------- training
-
 def short(group, folder, line="", **parts) -> dict:
     """Weights of a short training of these toy students, all from one start."""
     flags = parse(o2mkd.Flags, o2mkd.PRESETS, [*SMOKE, "--batch", "8", *line.split()])
@@ -200,7 +193,7 @@ def short(group, folder, line="", **parts) -> dict:
 
 
 def test_p_0_is_ordinary_distillation(tmp_path):
-    """Whatever its range, a student with p = 0 is the one that has all levels, bit for bit; to that one p is nothing."""
+    """A student with p = 0 is the one that has all levels, bit for bit; to that one p is nothing."""
     lines = "--p 0 --ranges 1", "--p 0", "--p 1 --ranges 1", "--p 0.5"  # one range: all; else bins 250 to 499
     a, b, c, d = (short([Student(0, 4, 1, ALL)], tmp_path / line, line) for line in lines)
     assert same(a, b) and same(a, c) and not same(a, d)
@@ -232,8 +225,6 @@ def test_killed_and_run_again_is_the_same_bit_for_bit(tmp_path, monkeypatch, kd)
     assert same(whole, short(group, tmp_path / "killed", line))
 
 
-# ------------------------------------------------- merging and probes
-
 def test_merge_of_equal_nets_is_that_net(double):
     start, a, b = (denoiser(seed=seed).requires_grad_(False) for seed in range(3))
     for c, n in ((None, 3), (0.25, 4)):
@@ -244,7 +235,7 @@ def test_merge_of_equal_nets_is_that_net(double):
 
 
 def test_steadiness_of_known_curves(tmp_path):
-    """A constant neither falls nor varies; a line from 2 to 1 falls by about a half; 1 ± 0.1 varies by 0.1."""
+    """A constant neither falls nor varies; a line from 2 to 1 falls by half, about; 1 ± 0.1 varies by 0.1."""
     rows = ["step,seconds,student,name,value"]
     for i in range(400):
         rows += [f"{i},0,0,flat,3", f"{i},0,0,line,{2 - i / 399}", f"{i},0,0,wave,{1 + 0.1 * (-1) ** i}"]
@@ -256,7 +247,8 @@ def test_steadiness_of_known_curves(tmp_path):
 
 def test_gradual_tells_a_ramp_from_a_jump():
     place = torch.arange(21.0)
-    ramp, jump = (o2mkd.gradual({"distance": (p[:, None] - p).abs().tolist()}) for p in (place, 20 * (place > 7).float()))
+    tables = [(p[:, None] - p).abs().tolist() for p in (place, 20 * (place > 7).float())]
+    ramp, jump = (o2mkd.gradual({"distance": table}) for table in tables)
     assert ramp == {"neighbours": 1, "far": 10} and jump["neighbours"] > jump["far"]
 
 
@@ -274,7 +266,7 @@ def test_a_hybrid_of_the_teacher_is_the_teacher_and_its_losses_agree(double):
 def noise(tmp_path_factory):
     """A finished smoke run: N = 1, 4 and two seeds, merged, one student alone, another number of steps."""
     out = tmp_path_factory.mktemp("o2mkd")
-    o2mkd.main([*SMOKE, *"--students 1 4 --seeds 2 --merge --inspect 1 --curve 4 --out".split(), str(out)])
+    execute(out, "--students 1 4 --seeds 2 --merge --inspect 1 --curve 4")
     return out
 
 
@@ -285,18 +277,22 @@ def copy(noise, tmp_path, monkeypatch):
     return shutil.copytree(noise, tmp_path / "copy")
 
 
+def execute(out, line):
+    o2mkd.main([*SMOKE, "--out", str(out), *line.split()])
+
+
 def test_a_run_leaves_results_and_figures(noise):
     results = load_json(noise / "results-o2mkd.json")
-    rows = {name: " ".join(of_N) for name, of_N in results["stages"].items()}
-    assert rows == {"o2mkd": "1 4", **dict.fromkeys(["merged", "merged-mean", "alone-1", "hybrid-1"], "4"),
-                    **dict.fromkeys(["heun-4", "ddim-4"], "0 1 4"), **dict.fromkeys(["loss-denoising", "loss-prediction"], "1 4"),
-                    **dict.fromkeys(["drift-neighbours", "drift-far"], "0")}
+    rows = {"4": "merged merged-mean alone-1 hybrid-1", "014": "heun-4 ddim-4", "0": "drift-neighbours drift-far",
+            "14": "o2mkd loss-denoising loss-prediction"}
+    assert all("".join(results["stages"][name]) == Ns for Ns, names in rows.items() for name in names.split())
     assert len(results["students"]["4"]["per_seed"]) == 2 and results["edges"]["4"] == [0, 250, 500, 750, 1000]
     assert {"denoising_in", "prediction_out"} <= set(results["stages"]["alone-1"]["4"])
     teacher, one, four = (results["cost"][n] for n in "014")
-    matrices = [p[0].numel() for name, p in toy_mog.toy_net(1, "B").named_parameters() if p.shape[1] > 1 and name != "table"]
+    net = toy_mog.toy_net(1, "B").named_parameters()
+    exact = sum(p.numel() for name, p in net if p.shape[1] > 1 and name != "table")
     assert four["parameters"] == 4 * one["parameters"] and four["multiply_adds"] == one["multiply_adds"]
-    assert one["multiply_adds"] < teacher["multiply_adds"] == sum(matrices) * 15
+    assert one["multiply_adds"] < teacher["multiply_adds"] == exact * 15
     names = {f"{n}-o2mkd.png" for n in ("samples", "students", "losses", "drift", "curve")}
     assert {p.name for p in (noise / "figures").glob("*-o2mkd.png")} == names
 
@@ -310,42 +306,38 @@ def test_a_single_student_is_the_sampler_of_its_own_denoiser(noise):
 
 
 def test_the_same_command_reuses_and_adds_to_the_table(copy, capsys):
-    argv = [*SMOKE, "--seeds", "2", "--out", str(copy), "--students"]
-    o2mkd.main([*argv, "1", "2"])
+    execute(copy, "--seeds 2 --students 1 2")
     assert "o2mkd1: already trained" in capsys.readouterr().out
     results = load_json(copy / "results-o2mkd.json")
     assert set(results["students"]) == {"1", "2", "4"} and "merged" in results["stages"]
-    assert "p (0.75 there, 0.9 now)" in refused(capsys, o2mkd.main, [*argv, "4", "--p", "0.9"])
+    assert "p (0.75 there, 0.9 now)" in refused(capsys, o2mkd.main, [*SMOKE, "--out", str(copy), "--p", "0.9"])
 
 
 def test_students_start_from_the_teacher_or_one_trained_before_and_merge_back(copy, capsys):
-    argv = [*SMOKE, "--students", "2", "--out", str(copy), "--tag"]
-    o2mkd.main([*argv, "same", "--keep", "1", "--lr", "0"])
-    found, teacher = o2mkd.load_students(copy / "seed0/o2mkd2-same"), load_tensors(copy / "seed0/teacher/ema.pt")["net"]
+    home = copy / "seed0"
+    execute(copy, "--students 2 --tag same --keep 1 --lr 0")
+    found, teacher = o2mkd.load_students(home / "o2mkd2-same"), load_tensors(home / "teacher/ema.pt")["net"]
     assert all(same(D.state_dict(), teacher) for D in (found.start, *found.denoisers))
-    close(dict(o2mkd.merge_folders([copy / "seed0/o2mkd2-same"]).state_dict()), dict(teacher))
-    o2mkd.main([*argv, "fork", "--init", "o2mkd1"])
-    fork, base = o2mkd.load_students(copy / "seed0/o2mkd2-fork"), load_tensors(copy / "seed0/o2mkd1/ema.pt")["net"]
-    assert same(fork.start.state_dict(), base)
+    close(dict(o2mkd.merge_folders([home / "o2mkd2-same"]).state_dict()), dict(teacher))
+    execute(copy, "--students 2 --tag fork --init o2mkd1")
+    start = o2mkd.load_students(home / "o2mkd2-fork").start
+    assert same(start.state_dict(), load_tensors(home / "o2mkd1/ema.pt")["net"])
     for other in ("o2mkd2-same", "o2mkd4"):  # of another size, from another start
         with pytest.raises(UserError, match="started from other weights"):
-            o2mkd.merge_folders([copy / "seed0/o2mkd2-fork", copy / "seed0" / other])
-    assert "--init o2mkd1: of size" in refused(capsys, o2mkd.main, [*argv, "x", "--init", "o2mkd1", "--keep", "0.7"])
+            o2mkd.merge_folders([home / "o2mkd2-fork", home / other])
+    argv = [*SMOKE, "--out", str(copy), "--init", "o2mkd1", "--keep", "0.7"]
+    assert "--init o2mkd1: of size" in refused(capsys, o2mkd.main, argv)
 
 
-def test_classes_times_ranges(copy):
-    """--students 4 --ranges 2: four networks, two blocks of classes, each with its two ranges."""
-    o2mkd.main([*SMOKE, "--students", "4", "--ranges", "2", "--out", str(copy)])
-    found = o2mkd.load_students(copy / "seed0/o2mkd4-2ranges")
-    assert found.router(torch.tensor([0.002, 80.0, 0.002, 80.0]), torch.tensor([0, 3, 4, 7])).tolist() == [0, 1, 2, 3]
-    assert load_json(copy / "seed0/o2mkd4-2ranges/config.json")["partition"] == [[0, 1, 2, 3]] * 2 + [[4, 5, 6, 7]] * 2
-
-
-def test_the_exact_teacher_teaches_predictions(tmp_path, monkeypatch):
+def test_classes_times_ranges_of_the_exact_teacher(tmp_path, monkeypatch):
+    """Four networks: two blocks of classes, each with its two ranges. The closed form is no network to look into."""
     monkeypatch.setattr("plot.draw", lambda *_: [])
-    o2mkd.main([*SMOKE, "--students", "2", "--teacher", "exact", "--out", str(tmp_path)])
-    results = load_json(tmp_path / "results-o2mkd.json")
-    assert set(results["cost"]) == {"2"} and "drift-far" not in results["stages"]  # the closed form is no network
+    execute(tmp_path, "--students 4 --ranges 2 --teacher exact")
+    folder, results = tmp_path / "seed0/o2mkd4-2ranges", load_json(tmp_path / "results-o2mkd-2ranges.json")
+    router = o2mkd.load_students(folder).router
+    assert router(torch.tensor([0.002, 80.0, 0.002, 80.0]), torch.tensor([0, 3, 4, 7])).tolist() == [0, 1, 2, 3]
+    assert load_json(folder / "config.json")["partition"] == [[0, 1, 2, 3]] * 2 + [[4, 5, 6, 7]] * 2
+    assert set(results["cost"]) == {"4"} and "drift-far" not in results["stages"]
 
 
 @pytest.mark.parametrize("kd", ["prediction", *(pytest.param(kd, marks=pytest.mark.slow) for kd in KDS)])
@@ -353,7 +345,7 @@ def test_images(image_run, tiny, tmp_path, monkeypatch, kd):
     """Two ranges of tiny images: a folder per student, narrowed networks, merged."""
     monkeypatch.setattr("plot.draw", lambda *_: [])
     out = shutil.copytree(image_run, tmp_path / "run")
-    o2mkd.main([*SMOKE, "--dataset", "fashion-mnist", "--data", str(tiny), "--out", str(out), "--students", "2", "--merge", "--kd", kd])
+    execute(out, f"--dataset fashion-mnist --data {tiny} --students 2 --merge --kd {kd}")
     assert load_tensors(out / "seed0/o2mkd2/student1/ema.pt")["size"] == (8, (1, 1, 1), 1, (8, 4))
     stages = load_json(out / "results-o2mkd.json")["stages"]
     assert {"fd_data", "right class"} <= set(stages["o2mkd"]["2"]) and "merged" in stages
@@ -361,7 +353,7 @@ def test_images(image_run, tiny, tmp_path, monkeypatch, kd):
     assert sizes == [128, 12, 45]
 
 
-def test_a_folder_without_students(noise):
-    for folder in ("seed0", "seed0/teacher", "nowhere"):
-        with pytest.raises(OSError):
-            o2mkd.load_students(noise / folder)
+@pytest.mark.parametrize("folder", ["seed0", "seed0/teacher", "nowhere"])
+def test_a_folder_without_students(noise, folder):
+    with pytest.raises(OSError):
+        o2mkd.load_students(noise / folder)

@@ -3,7 +3,6 @@ import io
 import math
 import os
 import pickle
-import re
 import sys
 import types
 
@@ -24,8 +23,7 @@ def reconstruct(meta):
     raise AssertionError("never called")
 
 
-reconstruct.__module__ = "torch_utils.persistence"
-reconstruct.__name__ = reconstruct.__qualname__ = "_reconstruct_persistent_obj"
+reconstruct.__module__, reconstruct.__qualname__ = "torch_utils.persistence", "_reconstruct_persistent_obj"
 
 
 class Part(nn.Module):
@@ -64,13 +62,11 @@ def theirs(ours):
         part._init_kwargs["init"] = {"init_weight": np.float64(1 / 3)}
         if ours.heads:
             part.qkv.weight.data *= 3  # attention that is far from uniform
-        if ours.resample:
-            part.skip = Part("Conv2d")
-            for conv in (part.conv0, part.skip):
-                conv.up, conv.down, conv.fused_resample = ours.resample == "up", ours.resample == "down", False
-                conv.register_buffer("resample_filter", torch.full((1, 1, 2, 2), 0.25))
-        elif ours.skip is None:
-            part.skip = None
+        if ours.skip is None:
+            part.skip = Part("Conv2d") if ours.resample else None
+        for conv in (part.conv0, part.skip) if ours.resample else ():
+            conv.up, conv.down, conv.fused_resample = ours.resample == "up", ours.resample == "down", False
+            conv.register_buffer("resample_filter", torch.full((1, 1, 2, 2), 0.25))
     return part
 
 
@@ -78,8 +74,9 @@ def snapshot_of(resolution=16, channels=3, classes=10, width=32, mult=(1, 2), bl
     """{"ema": …} with random weights."""
     with torch.device("meta"):
         ours = unet.UNet(resolution, channels, classes, unet.Size(width, mult, blocks, attention))
-    net, args = theirs(ours), dict(label_dim=classes, model_channels=width, channel_mult=list(mult), num_blocks=blocks,
-                                   attn_resolutions=list(attention), img_resolution=resolution, dropout=0.1)
+    args = dict(label_dim=classes, model_channels=width, channel_mult=list(mult), num_blocks=blocks, dropout=0.1,
+                attn_resolutions=list(attention), img_resolution=resolution)
+    net = theirs(ours)
     net._init_kwargs = dict(in_channels=channels, out_channels=channels, **args)
     net.map_noise = Part("PositionalEmbedding", num_channels=width, max_positions=10000, endpoint=False)
     if augment:
@@ -167,8 +164,7 @@ def oracle(net, x, c_noise, label):
 def left_out(data):
     """num_blocks, attn_resolutions, channel_mult_emb, sigma_data are not in NVIDIA's files: 3, (32, 16, 8), 4, 0.5."""
     for part in (data["ema"], data["ema"].model):
-        for name in ("num_blocks", "attn_resolutions"):
-            del part._init_kwargs[name]
+        del part._init_kwargs["num_blocks"], part._init_kwargs["attn_resolutions"]
     del data["ema"].sigma_data
 
 
@@ -176,9 +172,7 @@ def halves(data):
     """Float16, and a tensor that is not contiguous."""
     net = data["ema"].model.half()
     net.map_layer1.weight = nn.Parameter(net.map_layer1.weight.data.t().contiguous().t())
-    for part in net.modules():
-        if getattr(part, "resample_filter", None) is not None:
-            part.resample_filter = part.resample_filter.float()
+    net.enc["8x8_down"].skip.resample_filter = torch.full((1, 1, 2, 2), 0.25)
 
 
 @pytest.mark.parametrize("options, change", [
@@ -191,7 +185,7 @@ def test_weights_compute_what_they_did(place, options, change):
     if change:
         change(data)
     found = snapshot.read(dump(data, place))
-    given = dict(resolution=16, channels=3, classes=10, width=32, mult=(1, 2), blocks=1, attention=(8,), augment=0) | options
+    given = dict(resolution=16, channels=3, classes=10, width=32, mult=(1, 2), blocks=1, attention=(8,)) | options
     shape = found.resolution, found.channels, found.classes, found.size
     assert (*shape[:3], *found.size) == tuple(given.values())[:7] and found.sigma_data == 0.5
     assert all(v.dtype == torch.float32 and v.is_contiguous() for v in found.state.values())
@@ -218,16 +212,15 @@ def test_imagenet_is_size_B():
     assert unet.SIZES["B"] == (args["model_channels"], mult, args["num_blocks"], attention)
 
 
-@pytest.mark.parametrize("package", [b"numpy.core", b"numpy._core"])  # before numpy 2, and from 2 on
-@pytest.mark.parametrize("value", [0.5, 0.4])
-def test_numpy_scalars(place, package, value):
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_numpy_scalars_and_protocols(place, protocol):
     data = snapshot_of()
-    data["ema"].sigma_data = np.float64(value)
-    place.write_bytes(re.sub(rb"numpy\._?core", package, dump(data, place, protocol=3).read_bytes()))
-    if value == 0.5:
-        assert snapshot.read(dump(data, place, protocol=5)).sigma_data == snapshot.read(place).sigma_data == 0.5
-    else:
-        refused(place, "sigma_data is 0.4; only 0.5")
+    data["ema"].sigma_data = np.float64(0.5)
+    assert snapshot.read(dump(data, place, protocol)).sigma_data == 0.5
+    data["ema"].sigma_data = np.float64(0.4)
+    refused(dump(data, place, protocol), "sigma_data is 0.4; only 0.5")
+    names = "numpy.core.multiarray", "numpy._core.multiarray"  # before numpy 2, and from 2 on
+    assert snapshot.ALLOWED[names[0], "scalar"] is snapshot.ALLOWED[names[1], "scalar"]
 
 
 # --------------------------------------------------------------- hostile
@@ -302,7 +295,7 @@ def storage(raw):
 @pytest.mark.parametrize("place_it", [
     lambda data, evil: data.update(loss_fn=evil),
     lambda data, evil: data.update(ema=evil),
-    lambda data, evil: data["ema"].__dict__.update(sigma_data=evil),
+    lambda data, evil: vars(data["ema"]).update(sigma_data=evil),
     lambda data, evil: data["ema"].model._init_kwargs.update(dropout=evil),
     lambda data, evil: data["ema"].model.enc["16x16_conv"]._parameters.update(bias=evil),
 ])
@@ -337,13 +330,13 @@ def argued(**args):
     def changed(data, net):
         for part in (data["ema"], net):
             part._init_kwargs.update(args)
-        data["ema"].__dict__.update(sigma_data=args.get("sigma_data", 0.5))
+        vars(data["ema"]).update(sigma_data=args.get("sigma_data", 0.5))
     return changed
 
 
 def change(name, **attributes):
     """Attributes of a module of the network."""
-    return lambda data, net: net.get_submodule(name).__dict__.update(attributes)
+    return lambda data, net: vars(net.get_submodule(name)).update(attributes)
 
 
 def poison(value, dtype=torch.float32):
@@ -368,11 +361,10 @@ def one_number(data, net):
 
 ABSURD = [(argued(**{name: value}), f"its {name} is ") for name, values in {
     "img_resolution": [-16, "16", 2 ** 40, 1 << 9999, None, 16.0, True, [16], torch.zeros(2)],
-    "in_channels": [0, 10 ** 9], "out_channels": [6], "label_dim": [0, None, -1, "ten", 10 ** 12],
-    "channel_mult": ["12", [0, 1], [1] * 99, [1, 10 ** 9], [1, "2"], 3, None, [[1], [2]]],
-    "model_channels": [-32, 33, 10 ** 9],
-    "channel_mult_emb": [2], "num_blocks": [0, 10 ** 9, 1.5], "attn_resolutions": ["8", [0], [8.0], [2 ** 40]],
-    "sigma_data": [0, math.nan, math.inf, "half", 1e30, torch.ones(1)],
+    "in_channels": [0, 10 ** 9], "out_channels": [6], "label_dim": [0, None, 10 ** 12], "channel_mult_emb": [2],
+    "channel_mult": ["12", [0, 1], [1] * 99, [1, 10 ** 9], [1, "2"], None, [[1], [2]]],
+    "model_channels": [33, 10 ** 9], "num_blocks": [0, 10 ** 9, 1.5], "attn_resolutions": ["8", [8.0], [2 ** 40]],
+    "sigma_data": [0, math.nan, "half", torch.ones(1)],
 }.items() for value in values]
 LIES = [(argued(**args), words) for args, words in [  # did a network of terabytes take memory, this would not return
     (dict(model_channels=2048, channel_mult=[16] * 6, img_resolution=1024, num_blocks=8), "its length is"),
@@ -384,14 +376,15 @@ LIES = [(argued(**args), words) for args, words in [  # did a network of terabyt
     (dict(label_dim=11), "map_label.weight is [128, 10]"),
     (dict(in_channels=1, out_channels=1), "enc.16x16_conv.weight is [32, 3, 3, 3]"),
 ]]
-FACTS = {path.rpartition(".")[2]: path for path in snapshot._facts(unet.UNet(16, 3, 10, unet.Size(32, (1, 2), 1, (8,))))}
+NET = unet.UNet(16, 3, 10, unet.Size(32, (1, 2), 1, (8,)))
+FACTS = {path.rpartition(".")[2]: path for path in snapshot._facts(NET)}
 OTHERS = [
     *((change(path.rpartition(".")[0], **{name: 0.7}), f"its {path} is 0.7") for name, path in FACTS.items()),
     (change("", kind="SongUNet"), "network is SongUNet; only DhariwalUNet can be loaded"),
     (change("", kind=["DhariwalUNet"]), "network is list"),
-    (lambda data, net: setattr(data["ema"], "kind", "iDDPMPrecond\n" * 99), "preconditioning is iDDPMPrecond"),
-    (lambda data, net: data["ema"]._modules.update(model=torch.zeros(1)), "AttributeError: "),
-    (lambda data, net: data["ema"].__dict__.update(_modules=7), "TypeError: "),
+    (lambda data, net: vars(data["ema"]).update(kind="iDDPMPrecond\n" * 99), "preconditioning is iDDPMPrecond"),
+    (lambda data, net: vars(data["ema"]).update(_modules={"model": torch.zeros(1)}), "AttributeError: "),
+    (lambda data, net: vars(data["ema"]).update(_modules=7), "TypeError: "),
     (change("map_label", _parameters={"weight": torch.zeros(10, 128)}), "map_label.weight is [10, 128]; only [128, 10"),
     (change("out_norm", _parameters={"weight": torch.ones(32), "bias": "[32]"}), "out_norm.bias is str"),
     (lambda data, net: delattr(net.enc["8x8_block0"], "qkv"), "8x8_block0.qkv.weight is NoneType"),
