@@ -1,7 +1,7 @@
 """What is measured of a sampler, and what a run says at its end: one report for both papers.
 
-A judge compares samples: l1 of histograms (toy), a Frechet distance (images). Of each sampler a Row is measured; rows
-of all seeds become results.json, a table, verdicts and figures. Two results files of a run folder, K by K:
+A judge compares samples: l1 of histograms (toy), a Frechet distance (images). A Row is measured of each sampler; rows
+of all seeds become results.json, a table, verdicts, figures. Two results files of a run folder, K by K:
 
     python evaluate.py runs/toy --compare none reg          results.json with results-reg.json
     python evaluate.py runs/toy --compare XS/dm XS none     XS after DM with XS at its end, and with results.json
@@ -64,17 +64,19 @@ class Features:
         self.features, self.label, self.known = features, label.cpu(), {}
 
     def moments(self, classes=None) -> fid.Moments:
-        """Kept: a reference is asked often."""
+        """Kept: a reference is asked often. UserError for fewer than 2 images."""
         key = None if classes is None else tuple(sorted(map(int, classes)))
         if key not in self.known:
             rows = self.features if key is None else self.features[torch.isin(self.label, torch.tensor(key))]
+            if len(rows) < 2:
+                raise UserError(f"classes {list(key or ())}: fewer than 2 images to judge by")
             self.known[key] = fid.Moments()
             for piece in rows.split(16_384):
                 self.known[key].add(piece)
         return self.known[key]
 
     def distance(self, other: "Features", classes=None) -> float:
-        """Frechet distance over `classes` (default all). ValueError for fewer than 2 images."""
+        """Frechet distance over `classes` (default all)."""
         a, b = self.moments(classes), other.moments(classes)
         return fid.frechet_distance(a.mean(), a.cov(), b.mean(), b.cov())
 
@@ -143,13 +145,13 @@ class Row:
 
 @dataclass
 class Sampler:
-    """Whose samples are measured: K students in turn, one merged from them, the teacher in fewer steps …"""
+    """Whose samples are measured."""
     stage: str  # where its row stands: dm, adm, cd, post, o2mkd, merged, heun-20 …
-    K: int  # number of students; 0: the teacher
+    K: int  # students; 0: the teacher
     seed: int
     sample: Callable  # (z [N, *shape], label [N]) -> x [N, *shape] on the CPU, images as uint8
-    keep: Path | None = None  # the folder for samples.pt
-    student: Callable | None = None  # label [N] -> which student answers [N]; kept with the samples
+    keep: Path | None = None  # folder for samples.pt
+    student: Callable | None = None  # label [N] -> who answers [N]; kept with the samples
     seconds: float | None = None  # of training
     last: Callable | None = None  # as `sample`, by the last checkpoint instead of the chosen one
     per_class: bool = False  # also class by class?
@@ -194,7 +196,7 @@ def teacher_row(given, y: Tensor) -> Row:
 
 @torch.no_grad()
 def multiply_adds(denoise: Callable, facts: data.Facts, device="cpu") -> int:
-    """Of one evaluation of denoise(x, sigma, label) for one sample."""
+    """Of one evaluation of denoise(x, sigma, label), for one sample."""
     x, sigma = torch.zeros(1, 1, *facts.shape, device=device), torch.ones(1, 1, device=device)
     with FlopCounterMode(display=False) as count:
         denoise(x, sigma, torch.zeros(1, 1, dtype=torch.int64, device=device))
@@ -233,8 +235,8 @@ def results_of(run_flags: run.Flags, given: dict, rows: dict, evaluations: int, 
                method: str = "", **more) -> dict:
     """results.json, of rows {stage: {K: [a Row per seed]}} and given {seed: teacher.Given}.
 
-    evaluations: of the teacher, a sample; teacher: its rows, if not of its kept samples; method: o2mkd, or "" for MSD;
-    more: further names, among them configs = {stage: dict}, in which runs that share a table agree."""
+    evaluations: of the teacher, for a sample; teacher: its rows, if not of its kept samples; method: o2mkd, or "";
+    more: further names, among them configs = {stage: dict}, equal for runs that share a table."""
     first, stages = next(iter(given.values())), {}
     m = first.facts.metric
     for stage, of_k in rows.items():
@@ -251,9 +253,8 @@ def results_of(run_flags: run.Flags, given: dict, rows: dict, evaluations: int, 
 
 
 def merged(path: Path, results: dict) -> dict:
-    """Results together with other K and stages of the same seeds, samples and configs that the file holds.
-
-    A file of others is set aside: NAME.previous.json, NAME.previous1.json, …"""
+    """Results, with other K and stages of the same seeds, samples and configs that the file holds; else that file is set
+    aside: NAME.previous.json, NAME.previous1.json …"""
     new = json.loads(json.dumps(results))  # a tuple is a list there
     if not path.exists():
         return new
@@ -292,13 +293,14 @@ def table(results: dict) -> str:
             text.append([name, *("" if value is None else plot.short(value) for value in values)])
     wide = [max(map(len, column)) for column in text]
     out = ["  ".join(f"{cell:>{w}}" for cell, w in zip(line, wide)) for line in zip(*text)]
-    out.append(f"{m}: {results['title']}, to the teacher's samples, of the teacher two draws; {m}_data: to the data, of them "
-               f"(images: training, test) {plot.short(results['floor_data'])}; {len(results['seeds'])} seed(s)")
+    floor = plot.short(results["floor_data"])
+    out.append(f"{m}: {results['title']}, to the teacher's samples, of the teacher two draws; {m}_data: to the data, "
+               f"two draws of it (images: training, test) {floor}; {len(results['seeds'])} seeds")
     return "\n".join(out)
 
 
 def report(path: Path, results: dict, lines: list[str]) -> None:
-    """Write results, beside what the file holds already; print the table and the lines; draw the figures."""
+    """Write results.json; print the table and the lines; draw the figures."""
     whole = merged(path, results)
     run.save_json(path, whole)
     print("\n" + table(whole), *lines, sep="\n")

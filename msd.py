@@ -75,6 +75,7 @@ PRESETS = {"run": run.PRESETS, "teacher": edm.PRESETS, "dm": dmd.PRESETS, "tsm":
 
 
 def facts_of(f: Flags) -> data.Facts:
+    """Of the dataset."""
     return data.facts(f.run.dataset, f.run.resolution)
 
 
@@ -277,6 +278,8 @@ def generate(folder, label: Tensor, seeds) -> Tensor:
     seeds: B integers; each is a latent, whatever else is in the batch. folder: runs/toy/seed0/students8, or
     Students."""
     students = (folder if isinstance(folder, Students) else load_students(folder)).to(label.device)
+    if len(seeds) != len(label):
+        raise UserError(f"generate: {len(label)} labels, but {len(seeds)} seeds; one seed a sample")
     z = common.latents(seeds, students.facts.shape).to(label.device)
     return route(students, router_of(students), z, label)
 
@@ -345,7 +348,7 @@ def report(flags: Flags, inputs: dict, parts: dict, device) -> int:
     configs = {}
     for stage, _ in stages_of(flags):
         before = flags.order()[:flags.order().index(stage.NAME)]
-        own = {"partition": flags.partition, "student_size": flags.student_size, "begin": before or flags.init}
+        own = {"partition": flags.partition, "student_size": flags.student_size, "init": flags.init, "before": before}
         configs[stage.NAME] = {**first.ancestry, **settings(flags, stage.NAME, stage.USES), **own}
     size = flags.student_size or flags.teacher.size or facts.sizes[0]
     results = evaluate.results_of(flags.run, inputs, rows, edm.evaluations(flags.teacher.sampler_steps), size=size,
@@ -389,6 +392,14 @@ def plan(flags: Flags) -> int:
     return 0
 
 
+def divide(flags: Flags, ranks: common.Ranks) -> None:
+    """Do ranks and batches divide? Said now, not after the teacher. UserError if not."""
+    for K in flags.students:
+        own = ranks if facts_of(flags).stacked or flags.student >= 0 else ranks.split(K)[1]
+        for stage, _ in stages_of(flags):
+            own.parts(stage.length(flags)[1], flags.run.micro_batch)
+
+
 # ----------------------------------------------------------------- the command
 
 @command
@@ -399,6 +410,7 @@ def main(argv=None) -> int:
     if flags.run.dry_run:
         return plan(flags)
     ranks = run.start(flags.run)                                            # torchrun's, or this process alone
+    divide(flags, ranks)
     if ranks.rank == 0:
         print(f"{title(flags)}, on {ranks.device}", flush=True)
     inputs = teacher.prepare(flags, ranks)                                  # {seed: mu_teacher, D, references}

@@ -1,7 +1,7 @@
 """One-to-many knowledge distillation: one teacher, N small students, each at home in a range of noise levels [O2MKD].
 
 [Ma and Zhang 2024, arXiv 2410.04191]; msd.py splits the classes instead. The sampler keeps its many steps and passes
-from student to student: an evaluation costs one student, however many there are.
+from student to student: an evaluation costs one student, whatever N is.
 
   ranges of the noise levels, their owners   [O2MKD Sec. O2MKD]       ranges, Router, routed
   own range with probability p, else all     [O2MKD Eq. 4, Eq. 5]     draw_bins
@@ -13,9 +13,9 @@ from student to student: an evaluation costs one student, however many there are
 Departures from the paper, whose formulas and most numbers are not in its text
  1. Timesteps are edm.sigma_bins, losses EDM's, samplers Heun's and its first order, DDIM; networks know the class.
     p, lambda and N were chosen on the toy's seed 0, one of the five reported.
- 2. Small students start from random weights, alike within a seed: which of the teacher's to keep is not stated.
+ 2. Small students start from random weights, alike within a seed: which of the teacher's to keep is not said.
  3. Features are the bottleneck's. Contrastive KD: the batch for a memory bank. Attention: the norm squared; ToyNet's
-    units for positions. Narrow U-Nets keep widths fit for group norms, and may lose attention.
+    units for positions. Narrow U-Nets may lose attention.
 
 Run      python o2mkd.py --dataset toy --students 1 4 --merge
 GPUs     torchrun --nproc-per-node 4 o2mkd.py --dataset imagenet64 --students 4
@@ -45,10 +45,10 @@ from images import to_uint8
 from plot import read_metrics
 from students import Start, distil, load_network, one_of, random_start, start_from, whole
 
-NAME, BY = "o2mkd", ""  # no best checkpoint is chosen: the last average is kept
-USES = {name: name for name in ("p", "kd", "steps", "batch", "lr", "decay", "ema")}
-BINS = 1000  # noise levels: edm.sigma_bins
-# lambda, chosen on the toy's seed 0 among 1, 4; 1, 10; 30, 300; 0.03, 0.3
+NAME, BY = "o2mkd", ""  # no best checkpoint is chosen
+USES = {k: k for k in ("p", "kd", "steps", "batch", "lr", "decay", "ema")}
+BINS = 1000  # of edm.sigma_bins
+# lambda: the better of two, on the toy's seed 0
 LAMBDA = {"prediction": 1.0, "attention": 1.0, "similarity": 30.0, "contrastive": 0.03}
 
 
@@ -58,7 +58,7 @@ class Flags:
     prefix = ""
     run: run.Flags
     teacher: edm.Flags
-    students: list[int] = flag([4], "number of students N; several are compared", low=1)
+    students: list[int] = flag([4], "numbers of students N", low=1)
     ranges: int = flag(0, "noise ranges R, of each of N / R blocks of classes; 0 = N", low=0)
     scheme: str = flag("uniform", "uniform; small or large: more students there; or bins: 0-99,100-999")
     p: float = flag(0.75, "chance that an update's sigma are of the own range", low=0, below=1 + 1e-9)
@@ -74,9 +74,9 @@ class Flags:
     decay: str = flag("cosine", "its schedule after warm-up", choices=("cosine", "linear", "constant"))
     ema: float = flag(0.998, "decay of the average of the weights", low=0, below=1)
     sampler: str = flag("heun", "of teacher and students in the table", choices=tuple(edm.SAMPLERS))
-    merge: bool = flag(False, "also merge the N students into one")
+    merge: bool = flag(False, "also the students merged into one")
     inspect: int = flag(-1, "also student k alone, and with the teacher outside its range", low=-1)
-    curve: list[int] = flag([], "also sample in these numbers of steps, by both samplers", low=2)
+    curve: list[int] = flag([], "also these numbers of steps, by both samplers", low=2)
 
     @property
     def weight(self) -> float:
@@ -92,7 +92,7 @@ class Flags:
         return ranges(self.ranges or N, self.scheme)
 
 
-# all ours: the paper prints none; cifar10, imagenet64: never run
+# ours: the paper prints none; cifar10, imagenet64: never run
 LONG = dict(steps=200_000, batch=512, decay="constant")
 PRESETS = {"run": run.PRESETS, "teacher": edm.PRESETS, "": {
     ("toy", "smoke"): dict(steps=12, batch=16),
@@ -101,7 +101,7 @@ PRESETS = {"run": run.PRESETS, "teacher": edm.PRESETS, "": {
     ("cifar10", "default"): dict(LONG, lr=1e-3, ema=0.9993), ("cifar10", "smoke"): dict(steps=2, batch=2),
     ("imagenet64", "default"): dict(LONG, lr=1e-4, ema=0.9999)}}
 PRESETS[""]["imagenet64", "paper"] = PRESETS[""]["imagenet64", "default"]
-CONFLICTS = [  # (is it so?, what to say)
+CONFLICTS = [
     (lambda f: f.ranges and any(N % f.ranges for N in f.students),
      "--ranges {f.ranges}: --students must be multiples of it"),
     (lambda f: f.kd in FEATURE_LOSSES and (f.teacher.which == "exact" or f.teacher.cfg != 1),
@@ -115,19 +115,19 @@ CONFLICTS = [  # (is it so?, what to say)
 def ranges(number: int, scheme: str = "uniform") -> list[int]:
     """Edges [number + 1]: student i owns the bins edges[i] … edges[i + 1] - 1 of edm.sigma_bins.
 
-    small, large: edges at T (i/N)^2 and mirrored: more students there [O2MKD, Scheme-B, Scheme-A]; or bins such as
-    0-99,100-999. UserError if not every bin has one owner."""
+    small, large: edges at T (i/N)^2, mirrored: more students there [O2MKD, Scheme-B, Scheme-A]. UserError if not every
+    bin has one owner."""
     place = [i / number for i in range(number + 1)]
     power = {"uniform": place, "small": [u * u for u in place], "large": [1 - (1 - u) ** 2 for u in place]}
     edges = [round(BINS * u) for u in power.get(scheme, [0])] + [int(n) + 1 for n in re.findall(r"-(\d+)", scheme)]
     bins = ",".join(f"{a}-{b - 1}" for a, b in zip(edges, edges[1:]))
     if scheme not in (*power, bins) or edges != sorted({*edges}) or (len(edges), edges[-1]) != (number + 1, BINS):
-        raise UserError(f"--scheme {scheme}: not {number} ranges that cover the bins once, none empty; nor {', '.join(power)}")
+        raise UserError(f"--scheme {scheme}: not {number} ranges that cover the bins 0 to {BINS - 1} once, none empty")
     return edges
 
 
 class Router:
-    """Which student k [...] answers? The owner of the sigma [...] that is passed to the network; the outer ranges are open.
+    """Which student k [...] answers? The owner of the sigma [...] passed to the network; the outer ranges are open.
 
     parts: blocks of classes; student block * R + range answers for its block."""
 
@@ -158,7 +158,7 @@ def routed(denoisers: list, router: Router):
 
 def draw_bins(batch, low: Tensor, high: Tensor, p: float) -> Tensor:
     """Noise bins [M, b]: with probability p, tossed per student and update, uniform on its low … high - 1 [M], else on
-    all [O2MKD Eq. 4, Eq. 5]. A range that holds the share m of the bins is drawn p + (1 - p) m of the time."""
+    all [O2MKD Eq. 4, Eq. 5]."""
     own = batch.once("own")[:, None] < p  # [M, 1]
     low, high = torch.where(own, low[:, None], 0), torch.where(own, high[:, None], BINS)
     return torch.minimum((low + batch.uniform("sigma") * (high - low)).long(), high - 1)  # rounding up at the end
@@ -172,8 +172,8 @@ def pooled(h: Tensor) -> Tensor:
 
 
 def attention_loss(h: Tensor, h_teacher: Tensor) -> Tensor:
-    """||A(h) - A(h_teacher)||^2 [M] [Zagoruyko and Komodakis 2017, Eq. 2]; A, of norm 1: mean squares over the channels
-    of h [M, b, C, H, W], squares of h [M, b, C]."""
+    """||A(h) - A(h_teacher)||^2 [M] [Zagoruyko and Komodakis 2017, Eq. 2]; A, of norm 1: mean squares over C of
+    h [M, b, C, H, W], squares of h [M, b, C]."""
     squares = (v.square().mean(-3).flatten(-2) if v.ndim > 3 else v.square() for v in (h, h_teacher))
     a, b = (F.normalize(v, dim=-1) for v in squares)
     return (a - b).square().sum(-1).mean(-1)
@@ -181,7 +181,7 @@ def attention_loss(h: Tensor, h_teacher: Tensor) -> Tensor:
 
 def similarity_loss(h: Tensor, h_teacher: Tensor) -> Tensor:
     """||S(h) - S(h_teacher)||_F^2 / b^2 [M] [Tung and Mori 2019, Eq. 4]; S: the batch's products, rows of norm 1."""
-    f, g = h.flatten(2), h_teacher.flatten(2)  # [M, b, features]: any two widths
+    f, g = h.flatten(2), h_teacher.flatten(2)  # of any two widths
     return (F.normalize(f @ f.mT, dim=-1) - F.normalize(g @ g.mT, dim=-1)).square().mean((-2, -1))
 
 
@@ -197,7 +197,7 @@ FEATURE_LOSSES = {"attention": attention_loss, "similarity": similarity_loss, "c
 
 class Projection(nn.Module):
     """A linear layer per student, trained beside it, from its features to the teacher's width [Romero 2015]; nothing
-    where this KD takes any two widths. Students of a seed start alike."""
+    where this KD takes any two widths."""
 
     def __init__(self, kd: str, students: list[Student], inside: tuple, outside: tuple):
         super().__init__()
@@ -247,20 +247,20 @@ def train(run, flags, task) -> dict:
         project = Projection(kd, run.students, G.net.bottleneck, mu_teacher.net.bottleneck).to(task.device)
     own = [flags.edges(s.K)[s.k % (flags.ranges or s.K):][:2] for s in run.students]
     low, high = torch.tensor(own, device=task.device).T  # [M]
-    start = copy.deepcopy(G).requires_grad_(False)  # for merging
+    start = copy.deepcopy(G).requires_grad_(False)  # theta_0
     average, opt = Average(G, flags.ema), AdamW(nn.ModuleList([G, project]), run)
-    state = dict(student=G, project=project, **average.state(), optimizer=opt)
+    state = dict(student=G, **average.state(), optimizer=opt) | ({"project": project} if [*project.parameters()] else {})
 
     for step in run.steps(state):
         for batch in run.batches(step):  # one, unless ranks or --micro-batch ask for more
             x, label = task.real(batch)  # [M, b, *shape]
-            sigma = level(draw_bins(batch, low, high, flags.p))  # [M, b]: at home, or anywhere
+            sigma = level(draw_bins(batch, low, high, flags.p))  # [M, b]
             loss, parts = o2mkd_loss(G, mu_teacher, x, label, sigma, batch.normal("noise"), flags.weight, kd, project)
             opt.add(loss * (x.shape[1] / run.batch))  # [M]
         opt.step(step, learning_rate(flags.lr, step, flags.steps, edm.WARMUP, flags.decay))
         average.update(step)
         if (step + 1) % 20 == 0 or step == 0:
-            run.log(step + 1, **parts)  # of one batch: how steady is it?
+            run.log(step + 1, **parts)  # of one batch
         run.save(step + 1, state)
     return {"start.pt": start, "ema.pt": average.now}
 
@@ -273,12 +273,12 @@ def folder_of(flags, seed: int, N: int) -> Path:
 
 
 def size_of(flags, facts: data.Facts, teacher_size):
-    """--student-size, or the teacher's with --keep of its channels."""
+    """--student-size, or --keep of the teacher's channels."""
     return flags.student_size or (teacher_size if flags.keep == 1 else facts.narrowed(teacher_size, flags.keep))
 
 
 def start_of(flags, given) -> Start:
-    """theta_0, of all students of a seed. UserError if --init is of another size."""
+    """theta_0, of all students of a seed. UserError if of another size."""
     size = size_of(flags, given.facts, given.size)
     if flags.init:
         start = start_from(folder_of(flags, given.seed, 1).with_name(flags.init), "ema.pt", 0)
@@ -293,24 +293,25 @@ def start_of(flags, given) -> Start:
 
 @dataclass
 class Students:
-    """The students of one folder, a denoiser each; seconds: of training, all together."""
+    """A denoiser each; seconds: of training, all together."""
     facts: data.Facts
     start: edm.Precond  # theta_0
     denoisers: list[edm.Precond]
     router: Router
     seconds: float
 
-    def to(self, device) -> "Students":
+    def to(self, device):
         for D in (self.start, *self.denoisers):
             D.to(device)
         return self
 
 
 def load_students(folder) -> Students:
-    """Of a folder such as runs/toy/seed0/o2mkd4; OSError if there are none."""
+    """Of a folder (runs/toy/seed0/o2mkd4); OSError if it has none."""
     folder = Path(folder)
     first = folder if (folder / "ema.pt").exists() else folder / "student0"
-    start, about = load_network(first / "start.pt"), run.load_json(first / "config.json")
+    theta_0 = next(p for p in (first / "start.pt", folder / "start.pt") if p.exists() or p.parent == folder)
+    start, about = load_network(theta_0), run.load_json(first / "config.json")
     facts, edges, N = start.facts, about["edges"], about["students"]
     places = [folder] if first == folder else [folder / f"student{k}" for k in range(N)]
     found = [load_network(place / "ema.pt") for place in places]
@@ -327,7 +328,7 @@ def merge(start: edm.Precond, students: list[edm.Precond], c: float | None = Non
 
 
 def merge_folders(folders: list, c: float | None = None) -> edm.Precond:
-    """All students of these folders as one. UserError if their starts differ."""
+    """All students of these folders as one. UserError if starts differ."""
     found = [load_students(folder) for folder in folders]
     if len({fingerprint(f.start) for f in found}) != 1:
         raise UserError("merge: students that started from other weights")
@@ -337,8 +338,8 @@ def merge_folders(folders: list, c: float | None = None) -> edm.Precond:
 # ----------------------------------------------- probes of the claims
 
 def steadiness(folder: Path) -> dict:
-    """{loss: {"fall", "variation"}} of a folder's training curves [O2MKD Fig. 9]: from the first twentieth to the last;
-    standard deviation over mean within a tenth, of the last five. Means over students."""
+    """{loss: {"fall", "variation"}} of training curves [O2MKD Fig. 9]: from the first twentieth to the last; standard
+    deviation over mean within a tenth, of the last five. Means over students."""
     out = {}
     for name, curves in read_metrics(folder).items():
         found = []
@@ -352,7 +353,7 @@ def steadiness(folder: Path) -> dict:
 
 @torch.no_grad()
 def inside_outside(D, teacher, router: Router, k: int, x: Tensor, label: Tensor, seed: int) -> dict:
-    """Losses of student k on data x [1, n, *shape], at levels of its own range and at the others [O2MKD Table 7]."""
+    """Losses of student k on data x [1, n, *shape], in its own range and at other levels [O2MKD Table 7]."""
     g, bins, out = generator(seed, "inside"), torch.arange(BINS), {}
     own = router(level(bins)) == k
     for where, there in (("in", bins[own]), ("out", bins[~own])):
@@ -378,7 +379,7 @@ def drift(D: edm.Precond, x: Tensor, label: Tensor, seed: int) -> dict:
 
 
 def gradual(found: dict) -> dict:
-    """The largest distance of neighbouring levels, and the mean of those half the grid apart: larger without a jump."""
+    """The largest distance of neighbours, and the mean of levels half the grid apart: larger, unless one jumps."""
     d = torch.tensor(found["distance"])
     return {"neighbours": d.diagonal(1).max().item(), "far": d.diagonal(len(d) // 2).mean().item()}
 
@@ -386,7 +387,7 @@ def gradual(found: dict) -> dict:
 # ------------------------------------------------ what a run ends with
 
 def measured(flags: Flags, given, N: int, device):
-    """(name, Row) of the N students of a seed in turn, and what else is asked for; N = 0: the teacher."""
+    """(name, Row) of N students in turn, and what else is asked for; N = 0: the teacher."""
     facts, mu, seed, number = given.facts, given.mu_teacher, given.seed, flags.run.eval_samples
     folder, n_steps = folder_of(flags, seed, N), flags.teacher.sampler_steps
 
@@ -421,11 +422,11 @@ def measured(flags: Flags, given, N: int, device):
             yield f"drift-{name}", Row(more={"distance": value})
         if flags.sampler != "heun":  # the kept samples are Heun's
             yield "teacher", evaluate.teacher_row(given, by(mu)(*latents("teacher z")))
-    if D:  # of a whole sample
+    if D:
         adds = evaluate.multiply_adds(denoise, facts, device) * edm.evaluations(n_steps, flags.sampler)
         kept = max(N, 1) * sum(p.numel() for p in D.parameters())
         yield "cost", Row(more={"parameters": kept, "multiply_adds": adds})
-    if flags.merge and N > 1:  # c is chosen on other latents, and another draw of the data
+    if flags.merge and N > 1:  # c is chosen on other latents and data
         (z, label), scan = latents("merge z", number // 5), {}
         for c in (0.25 / N, 0.5 / N, 0.75 / N, 1 / N, 1.25 / N, 1.5 / N):
             mine = given.judge.statistics(by(merge(found.start, found.denoisers, c))(z, label), label)
@@ -444,13 +445,13 @@ def measured(flags: Flags, given, N: int, device):
 
 
 def report(flags: Flags, inputs: dict, device) -> None:
-    """Measure teacher and students; results-o2mkd.json, table, verdicts, figures."""
+    """results-o2mkd.json, table, verdicts, figures."""
     rows, steps = {}, flags.teacher.sampler_steps
     for given in inputs.values():
         for N in (0, *flags.students):
             for name, row in run.bar(measured(flags, given, N, device), f"sampling, N = {N}", None):
                 rows.setdefault(name, {}).setdefault(str(N), []).append(row)
-    cost, of_teacher = {N: of[0].more for N, of in rows.pop("cost").items()}, rows.pop("teacher", {}).get("0")
+    of_teacher, cost = rows.pop("teacher", {}).get("0"), {N: of[0].more for N, of in rows.pop("cost").items()}
     own = values(flags, *USES, "scheme", "ranges", "keep", "student_size", "init", "sampler")
     config = {**inputs[flags.run.seed].ancestry, **own, "kd_weight": flags.weight, "sampler_steps": steps}
     results = evaluate.results_of(
@@ -466,19 +467,19 @@ def main(argv=None) -> int:
     flags = parse(Flags, PRESETS, argv, __doc__)
     check(flags, CONFLICTS)
     for N in flags.students:
-        print(f"o2mkd, N = {N}: ranges meet at sigma", *(f"{s:.2g}" for s in Router(flags.edges(N)).bounds))
+        print(f"o2mkd: N = {N}, ranges end before the bins {flags.edges(N)[1:]}")
     if flags.run.dry_run:
         print(describe(flags))
         return 0
     ranks = run.start(flags.run)
-    inputs = teacher.prepare(flags, ranks, students_by_class=False)  # {seed: mu_teacher, data, what to compare with}
+    inputs = teacher.prepare(flags, ranks, students_by_class=False)  # {seed: Given}
 
     students = []
     for seed, given in inputs.items():
         theta_0 = start_of(flags, given)
         for N in flags.students:
             R = flags.ranges or N
-            Y = msd.partition(given.facts.classes, N // R)  # student block * R + range has its block's classes
+            Y = msd.partition(given.facts.classes, N // R)  # student block * R + range
             students += [Student(seed, N, k, tuple(Y[k // R].tolist()), theta_0) for k in range(N)]
 
     shares = [msd.filter_adm(whole(inputs[s.seed].facts), torch.tensor(s.classes)) for s in students]

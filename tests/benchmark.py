@@ -92,7 +92,7 @@ def sizes(given) -> None:
         z, label = torch.randn(1, n, *facts.shape, device=DEVICE), torch.zeros(1, n, dtype=torch.int64, device=DEVICE)
         times.setdefault((name, n), []).append(seconds(lambda: dmd.one_step(nets[name], z, label)))
     print(f"{given.dataset}, {torch.cuda.get_device_name() if GPU else 'CPU'}; {many} samples at a time:\n"
-          f"{'size':>5} {'parameters':>12} {'multiply-adds':>15} {'latency':>11} {'two cost':>9} {'samples a second':>17}")
+          f"{'size':>5} {'parameters':>12} {'multiply-adds':>15} {'latency':>11} {'two cost':>9} {'samples/s':>17}")
     for name, net in nets.items():
         one, two, batch = (median(times[name, n][1:]) for n in (1, 2, many))
         count, adds = sum(p.numel() for p in net.parameters()), evaluate.multiply_adds(net, facts, DEVICE)
@@ -131,7 +131,7 @@ def unets(given, size: str = "XXS") -> None:
     onehot = torch.nn.functional.one_hot(label, 1000).float()
     ours.net.precision = torch.float32
     gap = (ours(x, sigma, label) - theirs(x, sigma, onehot, force_fp32=True)).abs().max()
-    print(f"{size}, {pixels} x {pixels}, batch {batch}, {DEVICE}; largest difference of the outputs in float32: {gap:.1e}")
+    print(f"{size}, {pixels} x {pixels}, batch {batch}, {DEVICE}; largest difference in float32: {gap:.1e}")
     kinds = {"theirs": None, "ours": None if GPU else torch.float32, "ours, bf16": torch.bfloat16}
     for what in ("forward", "forward + backward"):
         times = {kind: [] for kind in kinds}
@@ -144,7 +144,7 @@ def unets(given, size: str = "XXS") -> None:
             for kind, ours.net.precision in kinds.items():
                 times[kind].append(seconds(lambda: call(kind)))
         each = {kind: median(t[1:]) for kind, t in times.items()}
-        print(f"{what}: " + "; ".join(f"{kind} {1e3 * t:.0f} ms ({each['theirs'] / t:.2f})" for kind, t in each.items()))
+        print(what, *(f"{kind} {1e3 * t:.0f} ms ({each['theirs'] / t:.2f})" for kind, t in each.items()), sep="; ")
 
 
 def main() -> None:

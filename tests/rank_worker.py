@@ -1,4 +1,4 @@
-"""One rank of tests/test_ranks.py: RANK and WORLD_SIZE in the environment, as torchrun sets them. And a small stack to train."""
+"""One rank of tests/test_ranks.py, with RANK and WORLD_SIZE as torchrun sets them; and a small stack to train."""
 import os
 import sys
 from pathlib import Path
@@ -25,9 +25,9 @@ from teacher import Given
 
 STAGES = {"toy": dmd, "image": dmd, "adm": adm, "tsm": tsm, "cd": consistency, "o2mkd": o2mkd}
 O2MKD = "--steps 20 --batch 8 --lr 1e-3"
-MSD = (f"{O2MKD} --reg-lr 1e-3 --fake-lr 1e-3 --reg-warmup 8 --fake-warmup 3 --ttur 2 --draws 2 --clip-norm 1 --eval-every 10 "
-       "--select-samples 40 --pairs 24 --adm-steps 20 --adm-batch 8 --adm-lr 1e-3 --adm-fake-lr 1e-3 --gan-weight 0.1 "
-       "--tsm-steps 20 --tsm-batch 8 --tsm-lr 1e-3 --cd-steps 20 --cd-batch 8 --cd-lr 1e-3 --cd-points 6")
+MSD = (f"{O2MKD} --reg-lr 1e-3 --fake-lr 1e-3 --reg-warmup 8 --fake-warmup 3 --ttur 2 --draws 2 --clip-norm 1 "
+       "--eval-every 10 --select-samples 40 --adm-steps 20 --adm-batch 8 --adm-lr 1e-3 --adm-fake-lr 1e-3 "
+       "--gan-weight 0.1 --tsm-steps 20 --tsm-batch 8 --tsm-lr 1e-3 --cd-steps 20 --cd-batch 8 --cd-lr 1e-3 --cd-points 6")
 
 
 def stack(stage, flags, groups, size, out: Path, pairs: int, ranks=None) -> tuple:
@@ -43,17 +43,18 @@ def stack(stage, flags, groups, size, out: Path, pairs: int, ranks=None) -> tupl
     z = torch.randn(1, pairs, *facts.shape, generator=generator("z")).to(ranks.device)
     held = {"z": z, "y": z / 2, "label": data.stratified(pairs, facts.classes).to(ranks.device)[None]}
     judge = Judge("mean", lambda x, label: x.mean(), lambda a, b, classes: float(a - b), None, None)
-    given = Given(0, facts, None, {}, False, 1.0, size, D, judge=judge, pairs=held, references={"select": 0.0, "real_select": 0.0},
-                  real=lambda: data.Generated(held["y"], held["label"], [0]))
-    students = [Student(0, len(groups), k, tuple(Y_k), Start("teacher", size, lambda: D)) for k, Y_k in enumerate(groups)]
+    given = Given(0, facts, None, {}, False, 1.0, size, D, real=lambda: data.Generated(held["y"], held["label"], [0]),
+                  judge=judge, pairs=held, references={"select": 0.0, "real_select": 0.0})
+    start = Start("teacher", size, lambda: D)
+    students = [Student(0, len(groups), k, tuple(Y_k), start) for k, Y_k in enumerate(groups)]
     shares = [whole(facts, pairs, torch.tensor(s.classes)) for s in students]
-    training = run.Run(stage.NAME, students, {out: slice(0, len(students))}, steps, batch, facts.shape, flags.run.save_every,
-                       flags.run.micro_batch, ranks)
+    training = run.Run(stage.NAME, students, {out: slice(0, len(students))}, steps, batch, facts.shape,
+                       flags.run.save_every, flags.run.micro_batch, ranks)
     return training, flags, Task(stage, students, shares, {0: given}, flags, ranks)
 
 
 def double(out: Path, name: str) -> None:
-    """20 updates of a stage in float64, all ranks on one batch of 8, of two toy students or one of images; to OUT/weights.pt."""
+    """20 updates of two toy students or one of images in float64, all ranks on one batch of 8; to OUT/weights.pt."""
     stage, house, argv = STAGES[name], *((o2mkd, O2MKD) if name == "o2mkd" else (msd, MSD))
     where, groups, size = "fashion-mnist --resolution 8", [range(3)], (16, (1, 1), 1, ())
     if name in ("toy", "o2mkd"):

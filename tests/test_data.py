@@ -48,7 +48,7 @@ def draws(*classes):
 
 
 def test_names_of_the_flag_are_the_datasets():
-    assert run.NAMES == tuple(data.DATASETS) and all(name == known.name for name, known in data.DATASETS.items())
+    assert run.NAMES == tuple(data.DATASETS)
 
 
 # -------------------------------------------------------------- the forms
@@ -65,7 +65,7 @@ def test_fashion_mnist_is_padded_and_pooled(tiny, tmp_path):
 
 def test_zip_with_dataset_json(tmp_path):
     """Decoded once, and again if it has changed; grey images among coloured ones become coloured."""
-    path = make_zip(tmp_path / "d.zip", [3, 999, 0], lambda i: picture(10 + i, channels=1 if i == 2 else 3))
+    path = make_zip(tmp_path / "d.zip", [3, 999, 0], lambda i: picture(10 + i, channels=3 if i else 1))
     first, kept = source("imagenet64", path, tmp_path / "out"), tmp_path / "out/data/imagenet64-train.pt"
     assert first.x.shape == (3, 3, 64, 64) and first.label.tolist() == [3, 999, 0]
     assert first.x[:, 0, 5, 5].tolist() == [10, 11, 12] and first.x[1, 2, 0, 1] == 244 and first.x[1, 2, 1, 0] == 11
@@ -138,7 +138,7 @@ def test_every_image_once_an_epoch_in_an_order_of_its_own():
     first, second = seen(source, range(0, 3), 10), seen(source, range(3, 6), 10)
     assert sorted(sum(first, [])) == sorted(sum(second, [])) == list(range(30)) and sum(first, []) != sum(second, [])
     assert sum(seen(numbered(30), range(0, 12), 5), []) == sum(first + second, [])  # batches do not matter
-    assert seen(numbered(30), [4], 10)[0] == second[1]  # nor what was read before: resume
+    assert seen(numbered(30), [4], 10) == seen(source, [4], 10) == [second[1]]  # nor what was read before: resume
 
 
 def test_classes_are_filtered_and_labels_never_renumbered():
@@ -185,43 +185,38 @@ def idx(folder, labels=5, highest=0, cut=None):
     (folder / "train-images-idx3-ubyte").write_bytes(raw[:cut])
 
 
-def half_batches(folder, table="n01 1 a\n"):
+def half_batches(folder):
     np.savez(folder / "train_data_batch_1.npz", data=np.zeros((1, 12288), np.uint8), labels=[1])
     (folder / "train_data_batch_2.npz").write_bytes(b"no")
-    if table:
-        (folder / "map_clsloc.txt").write_text(table)
+    (folder / "map_clsloc.txt").write_text("n01 1 a\n")
 
 
-FOLDERS = [  # (dataset, how the folder is filled, what is said)
+WRONG = [  # (dataset, how the folder, or else the zip, is made, what is said)
     ("fashion-mnist", lambda p: None, "no .png or .jpg"), ("imagenet64", lambda p: p.rmdir(), "nothing in"),
     ("fashion-mnist", lambda p: idx(p, highest=10), "labels from 10 to 10"),
     ("fashion-mnist", lambda p: idx(p, labels=4), r"images \[5, 1, 16, 16\], 4 labels"),
     ("fashion-mnist", lambda p: idx(p, cut=100), "train-images-idx3-ubyte: damaged"),
     ("imagenet64", half_batches, "batch_2.npz: damaged"),
-    ("imagenet64", lambda p: half_batches(p, ""), "map_clsloc.txt"),
     ("cifar10", lambda p: save(p / "n0/a.png", picture(20, 32)), "1 class folders, not 10"),
     ("cifar10", lambda p: (cifar_files(p) / "data_batch_3.bin").write_bytes(b""), "damaged"),
-]
-ZIPS = [  # (how it is made, what is said)
-    (lambda p: p.write_text("hello"), "d.zip: damaged"), (half_zip, "img00000001.png: damaged"),
-    (lambda p: make_zip(p, [-1, 3]), "labels from -1 to 3"),
-    (lambda p: make_zip(p, listing=None), "dataset.json.*no item named"),
-    (lambda p: make_zip(p, listing='{"labels": []}'), "dataset.json: damaged.*00000/img00000000.png"),
-    (lambda p: make_zip(p, draw=lambda i: picture(9, 64 >> i)), "img00000001.png: damaged.*32"),
-    (lambda p: make_zip(p, draw=lambda i: picture(9, channels=1)), r"images \[2, 1, 64, 64\]"),
-    (lambda p: make_zip(p, draw=lambda i: picture(9, 48)), r"images \[2, 3, 48, 48\].*\[3, 64, 64\]"),
-    (lambda p: make_zip(p, draw=lambda i: picture(9, channels=1).astype(np.uint16)), "damaged.*I;16"),
+    ("zip", half_zip, "img00000001.png: damaged"),
+    ("zip", lambda p: make_zip(p, [-1, 3]), "labels from -1 to 3"),
+    ("zip", lambda p: make_zip(p, listing=None), "dataset.json.*no item named"),
+    ("zip", lambda p: make_zip(p, listing='{"labels": []}'), "dataset.json: damaged.*00000/img00000000.png"),
+    ("zip", lambda p: make_zip(p, draw=lambda i: picture(9, 64 >> i)), "img00000001.png: damaged.*32"),
+    ("zip", lambda p: make_zip(p, draw=lambda i: picture(9, channels=1)), r"images \[2, 1, 64, 64\].*\[3, 64, 64\]"),
+    ("zip", lambda p: make_zip(p, draw=lambda i: picture(9, channels=1).astype(np.uint16)), "damaged.*I;16"),
 ]
 
 
-@pytest.mark.parametrize("dataset, make, match", FOLDERS + [("zip", *row) for row in ZIPS])
+@pytest.mark.parametrize("dataset, make, match", WRONG)
 def test_wrong_files(tmp_path, dataset, make, match):
     """Each is one line; nothing half decoded stays."""
     place = tmp_path / ("d.zip" if dataset == "zip" else "in")
     if dataset != "zip":
         place.mkdir()
     make(place)
-    with pytest.raises((UserError, FileNotFoundError), match=match) as error:
+    with pytest.raises(UserError, match=match) as error:
         source(dataset.replace("zip", "imagenet64"), place, tmp_path / "out")
     assert "\n" not in str(error.value) and not list((tmp_path / "out").rglob("*.tmp"))
 

@@ -95,9 +95,9 @@ def test_only_the_students_that_the_labels_need_are_read_and_asked_once_a_batch(
 
 
 def test_sampling_writes_what_others_read(image_run, tmp_path):
-    line = ["--run", str(image_run), "--students", "3", "--classes", "2", "9", "--folders", "--out", str(tmp_path / "s")]
+    line = f"--run {image_run} --students 3 --classes 2 9 --folders --out {tmp_path / 's'}"
     for seeds in ("0-9", "3-8"):  # pictures of an earlier call do not stay
-        sample.main([*line, "--seeds", seeds])
+        sample.main([*line.split(), "--seeds", seeds])
     assert sorted(p.name for p in (tmp_path / "s-students").iterdir()) == [f"{i:06d}.png" for i in range(3, 9)]
     with np.load(tmp_path / "s-students.npz") as f:
         assert f["arr_0"].shape == (6, 16, 16, 1) and f["arr_0"].dtype == np.uint8 and f["arr_1"].tolist() == [2, 9] * 3
@@ -119,8 +119,8 @@ def test_students_of_nvidias_teacher(tmp_path):
         rows = np.random.default_rng(0).integers(0, 255, (20, 3073)).astype(np.uint8)
         rows[:, 0] = np.arange(20) % 10
         (tmp_path / f"{name}.bin").write_bytes(rows.tobytes())
-    line = ["--dataset", "cifar10", "--preset", "smoke", "--teacher", str(path), "--data", str(tmp_path), "--out", str(tmp_path / "run")]
-    assert msd.main([*line, "--distance", "l2", "--lr", "0", "--reg-lr", "0", "--ema", "0"]) == 0
+    line = f"--dataset cifar10 --preset smoke --teacher {path} --data {tmp_path} --out {tmp_path / 'run'}"
+    assert msd.main(f"{line} --distance l2 --lr 0 --reg-lr 0 --ema 0".split()) == 0
     G = students.load_students(tmp_path / "run/seed0/students2", "ema.pt")[0]  # learning rate 0: still the teacher
     assert same(G.state_dict(), D.state_dict())
     assert msd.generate(tmp_path / "run/seed0/students2", torch.tensor([9, 0]), [1, 2]).shape == (2, 3, 32, 32)
@@ -133,8 +133,8 @@ def weights(out) -> dict:
     return {name: folders.load_tensors(path)["net"] for name, path in found.items()}
 
 
-MOMENTS = [("student1/state", 2), ("pairs-", 2), ("teacher/state", 2), ("teacher/state", 1), ("teacher/ema", 1), ("classifier", 1),
-           ("report-", 1), ("student1/state", 1), ("student2/best", 1), ("student2/ema", 1)]
+MOMENTS = [("student1/state", 2), ("pairs-", 2), ("teacher/state", 2), ("teacher/state", 1), ("teacher/ema", 1),
+           ("classifier", 1), ("report-", 1), ("student1/state", 1), ("student2/best", 1), ("student2/ema", 1)]
 
 
 @pytest.fixture(scope="module")
@@ -185,9 +185,9 @@ def test_lpips_without_weights_says_which_file_to_put_where(capsys, tiny, tmp_pa
 # -------------------------------------------------------------- misuse
 
 @pytest.mark.parametrize("more, words", [
-    ("--teacher {run}/seed0/teacher/ema.pt --resolution 32", "16, 16"), ("--teacher {run}/seed0/teacher/ema.pt --dataset toy", "10 classes"),
-    ("--teacher none.pkl", "none.pkl"), ("--features nowhere.pt", "nowhere.pt"), ("--resolution 20", "--resolution 20"),
-    ("--micro-batch 3", "--micro-batch 3")])
+    ("--teacher {run}/seed0/teacher/ema.pt --resolution 32", "16, 16"), ("--teacher none.pkl", "none.pkl"),
+    ("--teacher {run}/seed0/teacher/ema.pt --dataset toy", "10 classes"), ("--features nowhere.pt", "nowhere.pt"),
+    ("--resolution 20", "--resolution 20"), ("--micro-batch 3", "--micro-batch 3")])
 def test_refused_before_anything_is_made(capsys, image_run, tiny, tmp_path, more, words):
     line = refused(capsys, msd.main, argv(tiny, tmp_path, *more.format(run=image_run).split()))
     assert words in line and not list(tmp_path.rglob("*.pt"))
@@ -210,7 +210,7 @@ def test_imagenet_dry_run_needs_neither_data_nor_weights(capsys, tmp_path, monke
     assert msd.main(["--dataset", "imagenet64", "--students", "64", "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert all(words in text for words in ("295,899,267", "GiB", "K = 64", "10,000 times 511 evaluations"))
-    for row in ("lr 2e-06", "steps 200000", "clip-norm 10.0", "reg-weight 0.25", "distance lpips", "sampler-steps 256", "pairs 10000",
-                "beta2 0.999", "bins 20 980", "fake-bins 0 999"):
+    for row in ("lr 2e-06", "steps 200000", "clip-norm 10.0", "reg-weight 0.25", "distance lpips", "sampler-steps 256",
+                "pairs 10000", "beta2 0.999", "bins 20 980", "fake-bins 0 999"):
         assert re.search(rf"--{row.replace(' ', ' +', 1)} +preset", text), row
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""F, router, sampling by seed; K = 1 is dmd.py; resume bit for bit; a stack does not notice its neighbours; old run folders."""
+"""F, router, sampling by seed; K = 1 is dmd.py; resume bit for bit, old run folders too; students beside others."""
 import runpy
 import shutil
 import signal
@@ -58,7 +58,7 @@ def test_router_is_total():
 
 
 def test_route_gives_each_sample_to_its_own_student():
-    """A stack of three constant students: sample i must carry its own student's constant, in the order asked; one evaluation."""
+    """Three constant students: sample i must carry its own student's constant, in the order asked; one evaluation."""
     parts, calls = msd.partition(8, 3), []
     label = torch.randint(8, (50,), generator=torch.Generator().manual_seed(0))
     z = torch.randn(50, 2)
@@ -121,12 +121,12 @@ def constants(out, **other) -> None:
         save_json(path, {**load_json(path), **{k: 7 if v is None else v for k, v in RETIRED.items()}, **other})
 
 
-@pytest.mark.parametrize("moment, count", [("students3/dm/state", 3), *(pytest.param(*at, marks=pytest.mark.slow) for at in (
-    ("teacher/state", 2), ("students3/dm/state", 1), ("students3/dm/best", 1)))])
-def test_interrupted_runs_resume_bit_for_bit(run, tmp_path, moment, count):
-    """n steps = m steps + kill -9 + the rest: weights, and metrics but for the seconds; also if an earlier version began it.
+SLOW = [pytest.param(name, 1, marks=pytest.mark.slow) for name in ("teacher/state", "students3/dm/state", "students3/dm/best")]
 
-    test_images.py: in many moments."""
+
+@pytest.mark.parametrize("moment, count", [("students3/dm/state", 3), *SLOW])
+def test_interrupted_runs_resume_bit_for_bit(run, tmp_path, moment, count):
+    """n steps = m steps + kill -9 + the rest: weights, metrics but for the seconds; though an earlier version began."""
     argv = [*AGAIN, "--save-every", "2", "--out", str(tmp_path)]
     killed(moment, count, argv)
     assert not (tmp_path / "seed0/students3/dm/ema.pt").exists()
@@ -140,10 +140,9 @@ def test_interrupted_runs_resume_bit_for_bit(run, tmp_path, moment, count):
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(run, tmp_path):
-    argv = [*SMOKE, "--students", "3", "--teacher", str(run / "seed0/teacher/ema.pt"), "--steps", "9000", "--save-every", "100",
-            "--eval-every", "9000"]
+    argv = f"--students 3 --teacher {run}/seed0/teacher/ema.pt --steps 9000 --save-every 100 --eval-every 9000"
     state = tmp_path / "seed0/students3/dm/state.pt"
-    command = [sys.executable, str(ROOT / "msd.py"), *argv, "--out", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "msd.py"), *SMOKE, *argv.split(), "--out", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not state.exists():
         time.sleep(0.02)
@@ -206,8 +205,9 @@ def test_teacher_from_a_path_and_best_is_chosen_on_other_draws(run, tmp_path, mo
     torch.testing.assert_close(weights(run), weights(tmp_path), atol=1e-4, rtol=1e-4)
     assert path.read_bytes() == before
     label, judge = data.stratified(800, 8), evaluate.toy_judge(data.facts("toy"))
-    counts = {name: judge.statistics(load_shards(tmp_path / "seed0/reference", name), label) for name in ("select", "report")}
-    assert torch.equal(seen[0], counts["select"]) and not torch.equal(seen[0], counts["report"])
+    drawn = [load_shards(tmp_path / "seed0/reference", name) for name in ("select", "report")]
+    select, report = (judge.statistics(y, label) for y in drawn)
+    assert torch.equal(seen[0], select) and not torch.equal(seen[0], report)
 
 
 def test_exact_teacher(tmp_path):
@@ -217,20 +217,7 @@ def test_exact_teacher(tmp_path):
     assert load_json(tmp_path / "seed0/students2/dm/config.json")["teacher"] == "exact"
     z = torch.randn(1, len(y), 2, generator=common.generator(0, "report"))
     torch.testing.assert_close(y[None], teacher.make_pairs(toy_mog.denoiser, z, data.stratified(len(y), 8)[None], 8))
-    sample.main(["--run", str(tmp_path), "--students", "2", "--steps", "8", "--seeds", "0-9", "--out", str(tmp_path / "s")])
+    sample.main(f"--run {tmp_path} --students 2 --steps 8 --seeds 0-9 --out {tmp_path / 's'}".split())
     a = np.load(tmp_path / "s.npz")
     expected = edm.heun(toy_mog.denoiser, common.latents(range(10), (2,)), torch.tensor(a["label"]), 8)
     torch.testing.assert_close(torch.tensor(a["teacher"]), expected)
-
-
-def test_sample_command(run, tmp_path, capsys):
-    argv = ["--run", str(run), "--students", "3", "--steps", "8", "--out", str(tmp_path / "s")]
-    sample.main([*argv, "--classes", "6", "1", "--seeds", "0-9,40"])
-    text = capsys.readouterr().out
-    assert "15 function evaluations per sample" in text and "1 function evaluation per sample" in text
-    a = dict(np.load(tmp_path / "s.npz"))
-    assert a["teacher"].shape == a["students"].shape == (11, 2) and a["label"].tolist() == [6, 1] * 5 + [6] and a["seed"][-1] == 40
-    sample.main([*argv, "--classes", "6", "--seeds", "40"])
-    b = np.load(tmp_path / "s.npz")
-    for who in ("teacher", "students"):
-        np.testing.assert_allclose(a[who][-1], b[who][0], atol=1e-5)

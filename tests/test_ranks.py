@@ -1,4 +1,4 @@
-"""Ranks: two ranks see the batch of one; students go to ranks of their own; a rank that dies does not leave the others waiting."""
+"""Two ranks see the batch of one; students go to ranks of their own; nobody waits for a rank that died."""
 import os
 import socket
 import subprocess
@@ -23,14 +23,15 @@ def launch(size: int, *argv) -> list[tuple[int, str]]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    env = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    ranks = [subprocess.Popen([sys.executable, WORKER, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                              env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(size)]
+    env = dict(WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    command, both = [sys.executable, WORKER, *map(str, argv)], dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    ranks = [subprocess.Popen(command, env={**os.environ, **env, "RANK": str(r), "LOCAL_RANK": str(r)}, text=True, **both)
+             for r in range(size)]
     out = [(p.communicate(timeout=120)[0], p.returncode) for p in ranks]
     return [(code, text) for text, code in out]
 
 
-@pytest.mark.parametrize("net", [pytest.param(n, marks=() if n == "toy" else pytest.mark.slow) for n in rank_worker.STAGES])
+@pytest.mark.parametrize("net", [pytest.param(n, marks=[pytest.mark.slow] * (n != "toy")) for n in rank_worker.STAGES])
 def test_two_ranks_are_one_rank_on_the_joined_batch(tmp_path, net, double):
     """Float64, 20 updates of each stage (ADM: also critic, real data): equal to 1e-10."""
     for name in ("one", "two"):

@@ -8,7 +8,7 @@ import msd
 
 @pytest.mark.slow
 def test_main_job_reaches_its_figures(tmp_path):
-    """Teacher within 0.15 of the data; 8 students within 0.25 of the teacher, 85 % within 4 std, no mode below half its share."""
+    """Teacher within 0.15 of the data; students within 0.25 of it, 85 % within 4 std, no mode below half its share."""
     assert msd.main(["--dataset", "toy", "--students", "8", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     students = results["students"]["8"]

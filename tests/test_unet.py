@@ -73,8 +73,3 @@ def test_preconditioned_image_net_keeps_dtype_and_shape(double):
     D = edm.Precond(awake(unet.UNet(16, 1, 10, SMALL)), 0.5)
     x = torch.randn(1, 5, 1, 16, 16)
     assert D(x, torch.full((1, 5), 2.0), torch.zeros(1, 5, dtype=torch.int64)).dtype == torch.float64
-
-
-def test_resolution_must_halve():
-    with pytest.raises(ValueError):
-        unet.UNet(18, 1, 10, unet.LAPTOP["B"])
