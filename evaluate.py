@@ -253,8 +253,8 @@ def results_of(run_flags: run.Flags, given: dict, rows: dict, evaluations: int, 
 
 
 def merged(path: Path, results: dict) -> dict:
-    """Results, with other K and stages of the same seeds, samples and configs that the file holds; else that file is set
-    aside: NAME.previous.json, NAME.previous1.json …"""
+    """Results, with other K and stages of the same seeds, samples and configs that the file holds; a file of others is
+    set aside: NAME.previous.json, NAME.previous1.json …"""
     new = json.loads(json.dumps(results))  # a tuple is a list there
     if not path.exists():
         return new

@@ -243,13 +243,14 @@ def train(run, flags, task) -> dict:
     if kd in ("similarity", "contrastive") and (len(run.slices) > 1 or run.ranks.size > 1):
         raise UserError(f"--kd {kd} relates all samples of a batch: no --micro-batch, one rank per student")
     if kd in FEATURE_LOSSES:
-        mu_teacher = task.D
+        mu_teacher = task.teacher_net
         project = Projection(kd, run.students, G.net.bottleneck, mu_teacher.net.bottleneck).to(task.device)
     own = [flags.edges(s.K)[s.k % (flags.ranges or s.K):][:2] for s in run.students]
     low, high = torch.tensor(own, device=task.device).T  # [M]
     start = copy.deepcopy(G).requires_grad_(False)  # theta_0
     average, opt = Average(G, flags.ema), AdamW(nn.ModuleList([G, project]), run)
-    state = dict(student=G, **average.state(), optimizer=opt) | ({"project": project} if [*project.parameters()] else {})
+    state = dict(student=G, **average.state(), optimizer=opt)
+    state |= {"project": project} if [*project.parameters()] else {}
 
     for step in run.steps(state):
         for batch in run.batches(step):  # one, unless ranks or --micro-batch ask for more

@@ -25,11 +25,11 @@ from flags import UserError, command
 
 plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False,
                      "axes.titlesize": 11, "legend.frameon": False, "legend.fontsize": 8, "lines.markersize": 4})
-VIEW = dict(xlabel="$x_1$", ylabel="$x_2$", aspect="equal", xlim=(-0.65, 0.65), ylim=(-0.65, 0.65))  # of the toy's x
+VIEW = dict(xlabel="$x_1$", ylabel="$x_2$", aspect="equal", xlim=(-0.65, 0.65), ylim=(-0.65, 0.65))
 
 
 class Whole(ConstrainedLayoutEngine):
-    """Breaks titles and labels into lines as long as their panel. A formula is one word: no spaces in it."""
+    """Titles and labels in lines as long as their panel; no spaces in a formula."""
 
     def execute(self, fig):
         for _ in range(5):  # more lines leave the panels less room
@@ -37,12 +37,18 @@ class Whole(ConstrainedLayoutEngine):
             rooms = [(text, 0.97 * fig.bbox.width) for text in fig.texts]
             for ax in fig.axes:
                 rooms += [(ax.title, ax.bbox.width), (ax.xaxis.label, ax.bbox.width), (ax.yaxis.label, ax.bbox.height)]
-            for text, room in rooms:
-                words, box = text.get_text(), text.get_window_extent()
-                excess = (box.height if text.get_rotation() else box.width) / room
-                if excess > 1:
-                    letters = max(map(len, words.split("\n"))) / excess
-                    text.set_text(textwrap.fill(words, int(letters), break_on_hyphens=False))
+            if not any([broken(text, room) for text, room in rooms]):
+                break
+
+
+def broken(text, room: float) -> bool:
+    """Was it longer than `room` pixels? Now it has more lines."""
+    words, box = text.get_text(), text.get_window_extent()
+    excess = (box.height if text.get_rotation() else box.width) / room
+    if excess > 1:
+        letters = max(map(len, words.split("\n"))) / excess
+        text.set_text(textwrap.fill(words, int(letters), break_on_hyphens=False))
+    return excess > 1
 
 
 def page(columns: int, width: float, height: float, sharey=False):
@@ -218,8 +224,8 @@ def image_panels(panels: dict, columns: int) -> plt.Figure:
 
 
 def side_by_side(home: Path, results: dict, shown: list, m: str) -> plt.Figure:
-    """[MSD Fig. 4, 9]: samples of the teacher and of students [(who, row, folder)], and their distance m: of the toy
-    histograms, and how one or two differ from the teacher's; of images a row for each of the first 12 classes."""
+    """[MSD Fig. 4, 9]: samples of the teacher and of students [(who, row, folder)], with their distance m: histograms, and
+    how one or two differ from the teacher's; of images a row for each of 12 classes."""
     n = 2 * results["steps"] - 1 if "method" in results else results["teacher"]["evaluations"]  # kept samples: Heun's
     sets, panels = {}, []
     for who, row, folder in [(f"teacher, {n} evaluations", results["teacher"], None), *shown]:
@@ -315,7 +321,7 @@ def folder_of(out: Path, results: dict, tag: str, K, stage: str) -> Path:
 
 
 def compare(out: Path, tags: list[str]) -> plt.Figure:
-    """The largest K of each TAG or TAG/STAGE, the teacher first. UserError if they don't belong together."""
+    """The teacher and the largest K of each TAG or TAG/STAGE. UserError if they don't belong together."""
     shown, seeds = [], set()
     for name in tags:
         tag, _, stage = name.partition("/")
@@ -332,7 +338,7 @@ def compare(out: Path, tags: list[str]) -> plt.Figure:
 
 def draw(out, tag: str = "") -> list[Path]:
     """Draw every figure that the files of a run folder allow; returns their paths."""
-    out, suffix = Path(out), run.suffix(tag)  # a tag that cannot be part of a file's name has no results
+    out, suffix = Path(out), run.suffix(tag)
     results = run.load_json(out / f"results{suffix}.json", "seeds", "students", "stages", "metric")
     home, rows, toy = out / f"seed{results['seeds'][0]}", results["stages"], results["metric"] == "l1"
     ks, by_noise, shown = sorted(map(int, results["students"])), "method" in results, []

@@ -67,7 +67,7 @@ def teacher_of(home: Path, about: dict, device) -> Given:
     if about.get("teacher") == "exact":
         return Given(0, data.facts(about["dataset"]), None, about, True, about.get("cfg", 1))
     found = students.load_network(home / "teacher" / "ema.pt")
-    return Given(0, found.facts, None, about, False, about.get("cfg", 1), net=found.D.to(device))
+    return Given(0, found.facts, None, about, False, about.get("cfg", 1), net=found.net.to(device))
 
 
 def multistep(solve, denoise, z: Tensor, label: Tensor, seeds: list[int], chunk: int) -> Tensor:

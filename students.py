@@ -35,7 +35,7 @@ ONE_STEP = ("post", "cd", "dm", "adm")  # stages that leave generators; the last
 @dataclass(frozen=True)
 class Network:
     """A checkpoint: a frozen stack, and what the file says about it."""
-    D: edm.Precond
+    net: edm.Precond
     facts: data.Facts
     size: object  # of a network: a name in facts.sizes, or its fields
     parts: list | None  # the students' classes; None: a teacher
@@ -83,9 +83,9 @@ def stacked(nets: list[edm.Precond], size, facts: data.Facts, device) -> edm.Pre
 def one_of(network: Network, k: int) -> edm.Precond:
     """Student k of a stack, frozen, a stack of one."""
     if len(network.parts or [0]) == 1:
-        return network.D
-    D = edm.Precond(network.facts.net(1, network.size), network.D.sigma_data, network.D.sigma_min)
-    D.load_state_dict(rows_of(network.D, slice(k, k + 1), len(network.parts)))
+        return network.net
+    D = edm.Precond(network.facts.net(1, network.size), network.net.sigma_data, network.net.sigma_min)
+    D.load_state_dict(rows_of(network.net, slice(k, k + 1), len(network.parts)))
     return D.requires_grad_(False)
 
 
@@ -126,7 +126,7 @@ def checkpoint(path: str, facts: data.Facts) -> Start:
     if (found.facts.shape, found.facts.classes) != (facts.shape, facts.classes) or len(found.parts or [0]) > 1:
         raise UserError(f"--init {path}: {len(found.parts or [0])} network(s) of {found.facts.name}; needed is one of "
                         f"{facts.name}, {facts.shape}")
-    return Start(common.fingerprint(found.D), found.size, lambda: found.D)
+    return Start(common.fingerprint(found.net), found.size, lambda: found.net)
 
 
 def first_start(flags, s: Student, given) -> Student:
@@ -261,7 +261,7 @@ class Task:
         return stacked([s.start.load() for s in self.students], self.students[0].start.size, self.facts, self.device)
 
     @functools.cached_property
-    def D(self) -> edm.Precond:
+    def teacher_net(self) -> edm.Precond:
         """The teacher's networks, unguided, frozen, as a stack: with features."""
         known = self.given[0].net
         return known if len(self.given) == 1 else self._teachers().requires_grad_(False)
@@ -272,7 +272,7 @@ class Task:
     @functools.cached_property
     def teacher(self) -> Callable:
         """mu_teacher(x, sigma, label) -> [M, b, *shape]: guided, frozen."""
-        return self.given[0].guided(None if self.given[0].exact else self.D)
+        return self.given[0].guided(None if self.given[0].exact else self.teacher_net)
 
     @functools.cached_property
     def mu_fake(self) -> edm.Precond:
@@ -416,7 +416,7 @@ class Students:
 
     def __getitem__(self, k: int) -> edm.Precond:
         """Image student k, frozen."""
-        return load_network(self.files[k]).D.to(self.device)
+        return load_network(self.files[k]).net.to(self.device)
 
 
 def load_students(folder, file: str = "best.pt") -> Students:
@@ -428,7 +428,7 @@ def load_students(folder, file: str = "best.pt") -> Students:
     own = sorted(folder.glob("student[0-9]*"), key=lambda p: int(p.name.removeprefix("student")))
     if not own:
         found = load_network(folder / file)
-        return Students(found.facts, [torch.tensor(p) for p in found.parts or ()], found.D, [], found.seconds)
+        return Students(found.facts, [torch.tensor(p) for p in found.parts or ()], found.net, [], found.seconds)
     about = [load_json(f / "config.json", "students", "student", "classes", "dataset") for f in own]
     missing = {*range(about[0]["students"])} - {a["student"] for a, f in zip(about, own) if (f / file).exists()}
     if missing:

@@ -84,7 +84,7 @@ def prepare(flags, ranks: Ranks, students_by_class: bool = True) -> dict[int, Gi
     if t.which == "train":
         origin |= {"teacher": "train", **{k: v for k, v in values(t).items() if k != "label_dropout" or v}}
     else:
-        origin["teacher"] = "exact" if exact else common.fingerprint(network.D)
+        origin["teacher"] = "exact" if exact else common.fingerprint(network.net)
     origin |= {"cfg": t.cfg} if t.cfg != 1 else {}
     size = network.size if network else t.size or facts.sizes[0]
     given = {seed: Given(seed, facts, source, {**origin, "seed": seed}, exact, t.cfg, size, real=source)
@@ -94,7 +94,7 @@ def prepare(flags, ranks: Ranks, students_by_class: bool = True) -> dict[int, Gi
             data.same_data(flags.run, source())
             _at_hand(flags, ranks, students_by_class)
         for g in given.values():
-            g.net = network.D.to(ranks.device) if network else None
+            g.net = network.net.to(ranks.device) if network else None
         if t.which == "train" or exact and students_by_class:
             _networks(flags, given, ranks)
         if students_by_class and flags.order() == ["teacher"]:

@@ -103,7 +103,7 @@ def samples(given) -> None:
     folder = Path(given.samples[0])
     found = students.load_students(folder).to(DEVICE)
     facts, router = found.facts, msd.router_of(found)
-    D = students.load_network(folder.parent / "teacher" / "ema.pt").D.to(DEVICE)
+    D = students.load_network(folder.parent / "teacher" / "ema.pt").net.to(DEVICE)
     number = 8 if given.quick else 16_384 if facts.stacked else 100
     steps = run.load_json(folder.parent / "reference" / "config.json", "sampler_steps")["sampler_steps"]
     label, z = data.stratified(number, facts.classes), torch.randn(number, *facts.shape)
@@ -124,7 +124,7 @@ def unets(given, size: str = "XXS") -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "net.pkl"
         path.write_bytes(pickle.dumps({"ema": theirs}))
-        ours = students.load_network(path).D.to(DEVICE).requires_grad_(True)
+        ours = students.load_network(path).net.to(DEVICE).requires_grad_(True)
     theirs.to(DEVICE)
     x, sigma = 5 * torch.randn(batch, 3, pixels, pixels, device=DEVICE), torch.full((batch,), 5.0, device=DEVICE)
     label = torch.arange(batch, device=DEVICE)

@@ -58,7 +58,7 @@ def test_fd_in_the_results_is_the_distance_of_the_saved_samples(image_run, capsy
 
 
 def given_of(image_run) -> teacher.Given:
-    D = students.load_network(image_run / "seed0/teacher/ema.pt").D
+    D = students.load_network(image_run / "seed0/teacher/ema.pt").net
     return teacher.Given(0, FACTS, None, {}, exact=False, cfg=1.0, net=D)
 
 
@@ -114,7 +114,7 @@ def test_students_of_nvidias_teacher(tmp_path):
     path = tmp_path / "teacher.pkl"
     net = test_snapshot.snapshot_of(resolution=32, channels=3, classes=10, width=32, mult=(1, 2), attention=(16,))
     test_snapshot.dump(net, path)
-    D = students.load_network(path).D
+    D = students.load_network(path).net
     for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
         rows = np.random.default_rng(0).integers(0, 255, (20, 3073)).astype(np.uint8)
         rows[:, 0] = np.arange(20) % 10

@@ -74,8 +74,8 @@ def test_students_by_noise_level(home, tmp_path, capsys):
 
 def test_churn_is_keyed_by_all_seeds(home, tmp_path):
     made = drawn(home, tmp_path, "--o2mkd --of students --S_churn 3 --seeds 0-7")["students"]
-    both, g = o2mkd.routed([denoiser(12, 3), denoiser(12, 4)], o2mkd.Router([0, 500, 1000])), generator("churn", (*range(8),))
-    z, label = latents(range(8), (2,)), torch.arange(8)
+    both = o2mkd.routed([denoiser(12, 3), denoiser(12, 4)], o2mkd.Router([0, 500, 1000]))
+    z, label, g = latents(range(8), (2,)), torch.arange(8), generator("churn", (*range(8),))
     torch.testing.assert_close(made, edm.heun(both, z[None], label[None], 4, S_churn=3.0, generator=g)[0])
 
 
