@@ -125,4 +125,4 @@ def test_help_has_a_heading_for_each_group(capsys):
 
 
 def test_flags_are_few():
-    assert len(parsed("").source) <= 83     # 80 were wished for: docs/commands.md says what each of the last three serves
+    assert len(parsed("").source) <= 83  # 80 were wished for; the paper, a preset or a README line needs each of these
