@@ -10,7 +10,6 @@ import argparse
 import functools
 import json
 import math
-import timeit
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
@@ -201,11 +200,6 @@ def multiply_adds(denoise: Callable, facts: data.Facts, device="cpu") -> int:
     with FlopCounterMode(display=False) as count:
         denoise(x, sigma, torch.zeros(1, 1, dtype=torch.int64, device=device))
     return count.get_total_flops() // 2
-
-
-def throughput(function: Callable, number: int) -> float:
-    """Samples a second of function(), which makes `number`: the fastest of three calls."""
-    return number / min(timeit.repeat(function, repeat=3, number=1))
 
 
 # ------------------------------------------------------- results.json

@@ -6,13 +6,12 @@
     x = G_k(z; y) with y in Y_k     Router, route, generate  one student answers, once
 
 A stage knows nothing of K: it trains a stack of students, whoever they are; students never see each other. Stages: tsm,
-dm, adm in this order; cd, consistency distillation instead [MSD App. A.2]; post, a baseline. Not here: teacher and
-pairs (teacher.py), stacks and folders (students.py), distances and tables (evaluate.py).
+dm, adm; cd, consistency distillation [MSD App. A.2]; post, a baseline. Not here: teacher and pairs (teacher.py), stacks
+and folders (students.py), distances and tables (evaluate.py).
 
 Run      python msd.py --dataset toy --students 8
 Stages   python msd.py --students 8 --student-size XS --stages tsm,dm,adm
-Images   python msd.py --dataset fashion-mnist --students 1 5
-GPUs     torchrun --nproc-per-node 8 msd.py --dataset imagenet64 --students 4 (--student k: one alone, in a job array)
+GPUs     torchrun --nproc-per-node 8 msd.py --dataset imagenet64 --students 4
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,17 +49,16 @@ class Flags:
     tsm: tsm.Flags
     adm: adm.Flags
     cd: consistency.Flags
-    students: list[int] = flag([8], "number of students K; several are compared, K by K", low=1)
-    student: int = flag(-1, "train only this student of each K, for a job array on a cluster; -1 = all", low=-1)
-    partition: str = flag("consecutive", "consecutive, random, kmeans (of the teacher's label embeddings), quadrant "
-                                         "(K = 4), or a file: a line of classes per student")
-    stages: str = flag("dm", "stages in order; cd: consistency distillation; teacher: no students", choices=ORDERS)
-    method: str = flag("dmd", "distribution matching; cd: the same as --stages cd", choices=("dmd", "cd"))
-    student_size: str = flag("", "size of the students; none = the teacher's", choices=("", "B", "S", "XS", "XXS"))
-    init: str = flag("", "what the first stage starts from: teacher, random, a checkpoint's path, or a stage (dm, "
-                         "dm-TAG); none = the teacher's weights, for adm the dm stage")
-    real: str = flag("data", "real data of TSM, ADM and CD: the dataset, or the teacher's samples (y of the pairs)",
-                     choices=("data", "generated"))
+    students: list[int] = flag([8], "numbers of students K, to be compared", low=1)
+    student: int = flag(-1, "train only student k of each K, for a job array; -1 = all", low=-1)
+    partition: str = flag("consecutive", "consecutive, random, kmeans (of label embeddings), quadrant (K = 4), "
+                                         "or a file: a line of classes per student")
+    stages: str = flag("dm", "in order; teacher: no students", choices=ORDERS)
+    method: str = flag("dmd", "cd: the same as --stages cd", choices=("dmd", "cd"))
+    student_size: str = flag("", "none = the teacher's", choices=("", "B", "S", "XS", "XXS"))
+    init: str = flag("", "start of the first stage: teacher, random, a checkpoint's path, or a stage (dm, dm-TAG); "
+                         "none = the teacher's weights, for adm the dm stage")
+    real: str = flag("data", "data of TSM, ADM and CD; generated: the pairs' y", choices=("data", "generated"))
 
     def order(self) -> list[str]:
         """The stages of this run."""
@@ -75,33 +73,32 @@ PRESETS = {"run": run.PRESETS, "teacher": edm.PRESETS, "dm": dmd.PRESETS, "tsm":
 
 
 def facts_of(f: Flags) -> data.Facts:
-    """Of the dataset."""
     return data.facts(f.run.dataset, f.run.resolution)
 
 
 def fits(f: Flags) -> bool:
-    """Do the students have the size of the teacher that is trained here?"""
+    """Are the students of the teacher's size?"""
     return f.student_size in ("", f.teacher.size or facts_of(f).sizes[0])
 
 
-CONFLICTS = [  # (is it so?, what to say): each would give a silently wrong number, or fail after hours
+CONFLICTS = [  # (is it so?, what to say), for flags.check
     (lambda f: max(f.students) > facts_of(f).classes, "--students {f.students}: more than the dataset has classes"),
-    (lambda f: f.method == "cd" and "cd" not in f.order(), "--method cd: is --stages cd or tsm,cd; leave out --stages"),
+    (lambda f: f.method == "cd" and "cd" not in f.order(), "--method cd: needs --stages cd or tsm,cd"),
     (lambda f: f.student >= (0 if facts_of(f).stacked else max(f.students)),
      "--student {f.student}: one of --students, numbered from 0; the toy's train together"),
     (lambda f: not fits(f) and (f.init == "teacher" or not f.init and f.order()[0] in ("dm", "cd")),
-     "--student-size {f.student_size}: the teacher's weights do not fit; give --stages tsm,… or --init random"),
-    (lambda f: f.init and f.order()[0] == "tsm", "--init {f.init}: TSM starts from random weights; leave one out"),
+     "--student-size {f.student_size}: the teacher's weights do not fit; --stages tsm,… or --init random"),
+    (lambda f: f.init and f.order()[0] == "tsm", "--init {f.init}: TSM starts from random weights"),
     (lambda f: f.dm.dm_weight == 0 and ("dm" in f.order() and f.dm.reg_weight == 0 or
                                         "adm" in f.order() and f.adm.gan_weight == 0),
-     "--dm-weight 0 beside --reg-weight 0 or, in ADM, --gan-weight 0: nothing is left to train on"),
+     "--dm-weight 0 and --reg-weight 0 (ADM: --gan-weight 0): nothing is left to train on"),
     (lambda f: f.dm.dm_weight > 0 and not f.dm.fake_bins.low <= f.dm.bins.low <= f.dm.bins.high <= f.dm.fake_bins.high,
-     "--bins: reach beyond --fake-bins, where the fake denoiser never trains"),
+     "--bins: beyond --fake-bins, where mu_fake never trains"),
     (lambda f: "dm" in f.order() and f.dm.dm_weight > 0 and dmd.first_kl_step(f.dm) >= f.dm.steps,
-     "--reg-warmup: below --steps, or the KL term never sets in (regression alone: --dm-weight 0)"),
-    (lambda f: f.dm.distance == "lpips" and facts_of(f).stacked, "--distance lpips: needs images; take l2 or mse"),
+     "--reg-warmup: not below --steps: no KL term (regression alone: --dm-weight 0)"),
+    (lambda f: f.dm.distance == "lpips" and facts_of(f).stacked, "--distance lpips: needs images"),
     (lambda f: not facts_of(f).stacked and min(f.dm.pairs, f.dm.select_samples) < 2 * facts_of(f).classes,
-     "--pairs and --select-samples: at least two per class, for a covariance"),
+     "--pairs and --select-samples: at least two per class"),
     *teacher.CONFLICTS,
 ]
 
@@ -109,32 +106,30 @@ CONFLICTS = [  # (is it so?, what to say): each would give a silently wrong numb
 # ----------------------------------------------------------------- F
 
 def filter_dm(D: Data, Y_k: Tensor) -> Data:
-    """F_DM(D, Y_k) = (D_paired, C_{Y_k}): the KL term asks for Y_k alone, the pairs stay whole [MSD Sec. 3.2].
-
-    They are few, and fewer lose modes."""
+    """F_DM(D, Y_k) = (D_paired, C_{Y_k}) [MSD Sec. 3.2]: the pairs stay whole; they are few, and fewer lose modes."""
     return D._replace(conditions=Y_k)
 
 
 def filter_adm(D: Data, Y_k: Tensor) -> Data:
-    """F_ADM(D, Y_k) = (D_real, C_{Y_k}) [MSD Sec. 3.2], D_real read as that of Y_k: the head, too, sees Y_k alone.
-
-    UserError if D_real has none."""
-    real = Y_k[torch.isin(Y_k, D.real)]
-    if not len(real):
-        raise UserError(f"real data of the classes {Y_k.tolist()} are needed, and there are none")
-    return D._replace(real=real, conditions=Y_k)
+    """F_ADM(D, Y_k) = (D_real, C_{Y_k}) [MSD Sec. 3.2], D_real read as that of Y_k: the head, too, sees Y_k alone."""
+    return D._replace(real=D.real[rows_of(Y_k, D.real, "real data")], conditions=Y_k)
 
 
 def filter_pairs(D: Data, Y_k: Tensor) -> Data:
-    """(the pairs of Y_k, C_{Y_k}): the strategy that App. B.4 finds worse. UserError if no pair is left."""
-    pairs = D.pairs[torch.isin(D.pair_label[D.pairs], Y_k)]
-    if not len(pairs):
-        raise UserError(f"--filter-pairs: no pair of the classes {Y_k.tolist()}; give more --pairs")
-    return D._replace(pairs=pairs, conditions=Y_k)
+    """(the pairs of Y_k, C_{Y_k}): the strategy that App. B.4 finds worse."""
+    return D._replace(pairs=D.pairs[rows_of(Y_k, D.pair_label[D.pairs], "--pairs")], conditions=Y_k)
+
+
+def rows_of(Y_k: Tensor, label: Tensor, what: str) -> Tensor:
+    """Where label [n] is one of Y_k. UserError if nowhere."""
+    rows = torch.isin(label, Y_k).nonzero()[:, 0]
+    if not len(rows):
+        raise UserError(f"there are no {what} of the classes {Y_k.tolist()}")
+    return rows
 
 
 def stages_of(flags: Flags) -> list[tuple]:
-    """[(stage, its F)] in order. TSM: one network on all data, the start of all; or one a student [MSD App. D.2.2]."""
+    """[(stage, its F)] in order. TSM: one network on all data, or one a student [MSD App. D.2.2]."""
     known = {"tsm": (tsm, (lambda D, Y_k: D) if flags.tsm.common else filter_adm), "adm": (adm, filter_adm),
              "dm": (dmd, filter_pairs if flags.dm.filter_pairs else filter_dm), "post": (post, filter_dm),
              "cd": (consistency, filter_adm)}

@@ -224,8 +224,8 @@ def image_panels(panels: dict, columns: int) -> plt.Figure:
 
 
 def side_by_side(home: Path, results: dict, shown: list, m: str) -> plt.Figure:
-    """[MSD Fig. 4, 9]: samples of the teacher and of students [(who, row, folder)], with their distance m: histograms, and
-    how one or two differ from the teacher's; of images a row for each of 12 classes."""
+    """[MSD Fig. 4, 9]: samples of the teacher and of students [(who, row, folder)], with their distance m: histograms
+    and how one or two differ from the teacher's; of images a row for each of 12 classes."""
     n = 2 * results["steps"] - 1 if "method" in results else results["teacher"]["evaluations"]  # kept samples: Heun's
     sets, panels = {}, []
     for who, row, folder in [(f"teacher, {n} evaluations", results["teacher"], None), *shown]:
@@ -277,7 +277,7 @@ METRICS = {
     "multiply_adds": "million multiply-adds of a sample"}
 
 
-def claim(name: str, text: str, numbers: dict, metric: str, lines: dict, curves=None) -> plt.Figure:
+def claim(name: str, text: str, numbers: dict, metric: str, lines: dict) -> plt.Figure:
     """Numbers {row: [one per seed]} as dots, with their mean; lines {name: level}."""
     unit, n = 1e6 if metric == "multiply_adds" else 1, len(numbers)
     fig, (ax,) = page(1, 6.2, 2.5 + 0.2 * len(lines) + 0.5 * n)
@@ -377,6 +377,7 @@ def draw(out, tag: str = "") -> list[Path]:
 
 @command
 def main(argv=None):
+    """Draw the figures of a run folder again, or its variants side by side."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("tag", nargs="?", default="")

@@ -236,7 +236,7 @@ def draw(claim: Claim, numbers: dict[str, list[float]], first: Job, figures: Pat
     level = first.results["teacher"].get("floor" if claim.metric == "l1" else claim.metric)
     lines = {} if level is None else {"the teacher": level}
     names = [f"claim-{claim.id}-{claim.picture.split('-')[0]}", f"claim-{claim.id}"]
-    plot.save(plot.claim(claim.id, claim.text, numbers, claim.metric, lines, {}), figures / f"{names[1]}.png")
+    plot.save(plot.claim(claim.id, claim.text, numbers, claim.metric, lines), figures / f"{names[1]}.png")
     picture = first.home / "figures" / f"{claim.picture}.png"
     if not picture.exists():
         return names[1:]

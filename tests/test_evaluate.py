@@ -146,7 +146,6 @@ def test_multiply_adds_of_two_layers():
     """2 x 5 and 5 x 2 weights, used once each for a sample."""
     a, b = torch.randn(2, 5), torch.randn(5, 2)
     assert evaluate.multiply_adds(lambda x, sigma, label: x @ a @ b, TOY) == 20
-    assert evaluate.throughput(lambda: None, 10) > 0
 
 
 # ------------------------------------------------------- results.json
