@@ -1,23 +1,25 @@
 """Multi-student distillation: one teacher, K one-step students, each answering for classes of its own [MSD Sec. 3].
 
-    Y = Y_1 + … + Y_K               partition                disjoint, covering              [MSD Sec. 3.1]
-    D_k = F(D, Y_k)                 filter_dm, filter_adm    what student k learns from      [MSD Sec. 3.2]
-    G_k = Distill(mu_teacher, D_k)  main                     for all k, stage after stage    [MSD Eq. 1, 2, 4]
-    x = G_k(z; y) with y in Y_k     Router, route, generate  one student answers, once
+    Y = Y_1 + … + Y_K               partition                   [MSD Sec. 3.1]
+    D_k = F(D, Y_k)                 filter_dm, filter_adm       [MSD Sec. 3.2]
+    G_k = Distill(mu_teacher, D_k)  main, stage after stage     [MSD Eq. 1, 2, 4]
+    x = G_k(z; y) with y in Y_k     Router, route, generate
 
-A stage knows nothing of K: it trains a stack of students, whoever they are; students never see each other. Stages: tsm,
-dm, adm; cd, consistency distillation [MSD App. A.2]; post, a baseline. Not here: teacher and pairs (teacher.py), stacks
-and folders (students.py), distances and tables (evaluate.py).
+A stage trains a stack of students, who never see each other: tsm, dm, adm; cd [MSD App. A.2]; post, a baseline. Not
+here: the teacher (teacher.py), stacks and folders (students.py), distances and tables (evaluate.py).
 
 Run      python msd.py --dataset toy --students 8
 Stages   python msd.py --students 8 --student-size XS --stages tsm,dm,adm
 GPUs     torchrun --nproc-per-node 8 msd.py --dataset imagenet64 --students 4
 """
+import functools
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 import adm
 import common
@@ -31,12 +33,11 @@ import run
 import teacher
 import tsm
 from common import Student, generator
-from flags import UserError, check, command, describe, flag, parse, settings
+from flags import UserError, check, command, describe, flag, parse, settings, values
 from images import to_uint8
 from students import ONE_STEP, Data, Students, distil, first_start, load_students, stage_folder, tag_of
 
-ORDERS = ("teacher", "tsm", "dm", "adm", "tsm,dm", "tsm,adm", "dm,adm", "tsm,dm,adm", "post", "tsm,post", "cd",
-          "tsm,cd")
+ORDERS = "teacher tsm dm adm tsm,dm tsm,adm dm,adm tsm,dm,adm post tsm,post cd tsm,cd".split()
 
 
 @dataclass
@@ -49,19 +50,18 @@ class Flags:
     tsm: tsm.Flags
     adm: adm.Flags
     cd: consistency.Flags
-    students: list[int] = flag([8], "numbers of students K, to be compared", low=1)
-    student: int = flag(-1, "train only student k of each K, for a job array; -1 = all", low=-1)
+    students: list[int] = flag([8], "numbers of students K", low=1)
+    student: int = flag(-1, "train only student k of each K; -1 = all", low=-1)
     partition: str = flag("consecutive", "consecutive, random, kmeans (of label embeddings), quadrant (K = 4), "
-                                         "or a file: a line of classes per student")
+                                         "or a file, a line per student")
     stages: str = flag("dm", "in order; teacher: no students", choices=ORDERS)
     method: str = flag("dmd", "cd: the same as --stages cd", choices=("dmd", "cd"))
     student_size: str = flag("", "none = the teacher's", choices=("", "B", "S", "XS", "XXS"))
-    init: str = flag("", "start of the first stage: teacher, random, a checkpoint's path, or a stage (dm, dm-TAG); "
-                         "none = the teacher's weights, for adm the dm stage")
+    init: str = flag("", "first start: teacher, random, a checkpoint's path, or a stage (dm, dm-TAG); none = teacher, "
+                         "for adm the dm stage")
     real: str = flag("data", "data of TSM, ADM and CD; generated: the pairs' y", choices=("data", "generated"))
 
     def order(self) -> list[str]:
-        """The stages of this run."""
         return ["cd"] if (self.method, self.stages) == ("cd", "dm") else self.stages.split(",")
 
 
@@ -76,26 +76,22 @@ def facts_of(f: Flags) -> data.Facts:
     return data.facts(f.run.dataset, f.run.resolution)
 
 
-def fits(f: Flags) -> bool:
-    """Are the students of the teacher's size?"""
-    return f.student_size in ("", f.teacher.size or facts_of(f).sizes[0])
-
-
 CONFLICTS = [  # (is it so?, what to say), for flags.check
     (lambda f: max(f.students) > facts_of(f).classes, "--students {f.students}: more than the dataset has classes"),
     (lambda f: f.method == "cd" and "cd" not in f.order(), "--method cd: needs --stages cd or tsm,cd"),
     (lambda f: f.student >= (0 if facts_of(f).stacked else max(f.students)),
-     "--student {f.student}: one of --students, numbered from 0; the toy's train together"),
-    (lambda f: not fits(f) and (f.init == "teacher" or not f.init and f.order()[0] in ("dm", "cd")),
-     "--student-size {f.student_size}: the teacher's weights do not fit; --stages tsm,… or --init random"),
+     "--student {f.student}: numbered from 0; the toy's train together"),
+    (lambda f: f.student_size not in ("", f.teacher.size or facts_of(f).sizes[0]) and
+               (f.init == "teacher" or not f.init and f.order()[0] in ("dm", "cd")),
+     "--student-size {f.student_size}: the teacher's weights do not fit; begin with tsm"),
     (lambda f: f.init and f.order()[0] == "tsm", "--init {f.init}: TSM starts from random weights"),
     (lambda f: f.dm.dm_weight == 0 and ("dm" in f.order() and f.dm.reg_weight == 0 or
                                         "adm" in f.order() and f.adm.gan_weight == 0),
-     "--dm-weight 0 and --reg-weight 0 (ADM: --gan-weight 0): nothing is left to train on"),
+     "--dm-weight 0, without --reg-weight or --gan-weight: nothing is left to train on"),
     (lambda f: f.dm.dm_weight > 0 and not f.dm.fake_bins.low <= f.dm.bins.low <= f.dm.bins.high <= f.dm.fake_bins.high,
      "--bins: beyond --fake-bins, where mu_fake never trains"),
     (lambda f: "dm" in f.order() and f.dm.dm_weight > 0 and dmd.first_kl_step(f.dm) >= f.dm.steps,
-     "--reg-warmup: not below --steps: no KL term (regression alone: --dm-weight 0)"),
+     "--reg-warmup: not below --steps: no KL term"),
     (lambda f: f.dm.distance == "lpips" and facts_of(f).stacked, "--distance lpips: needs images"),
     (lambda f: not facts_of(f).stacked and min(f.dm.pairs, f.dm.select_samples) < 2 * facts_of(f).classes,
      "--pairs and --select-samples: at least two per class"),
@@ -103,25 +99,25 @@ CONFLICTS = [  # (is it so?, what to say), for flags.check
 ]
 
 
-# ----------------------------------------------------------------- F
+# -------------------------------------------------------------------- F
 
 def filter_dm(D: Data, Y_k: Tensor) -> Data:
-    """F_DM(D, Y_k) = (D_paired, C_{Y_k}) [MSD Sec. 3.2]: the pairs stay whole; they are few, and fewer lose modes."""
+    """F_DM(D, Y_k) = (D_paired, C_{Y_k}) [MSD Sec. 3.2]: the pairs stay whole; fewer would lose modes."""
     return D._replace(conditions=Y_k)
 
 
 def filter_adm(D: Data, Y_k: Tensor) -> Data:
-    """F_ADM(D, Y_k) = (D_real, C_{Y_k}) [MSD Sec. 3.2], D_real read as that of Y_k: the head, too, sees Y_k alone."""
-    return D._replace(real=D.real[rows_of(Y_k, D.real, "real data")], conditions=Y_k)
+    """F_ADM(D, Y_k) = (D_real, C_{Y_k}) [MSD Sec. 3.2], D_real read as that of Y_k."""
+    return D._replace(real=D.real[of_classes(Y_k, D.real, "real data")], conditions=Y_k)
 
 
 def filter_pairs(D: Data, Y_k: Tensor) -> Data:
-    """(the pairs of Y_k, C_{Y_k}): the strategy that App. B.4 finds worse."""
-    return D._replace(pairs=D.pairs[rows_of(Y_k, D.pair_label[D.pairs], "--pairs")], conditions=Y_k)
+    """(the pairs of Y_k, C_{Y_k}): worse [MSD App. B.4]."""
+    return D._replace(pairs=D.pairs[of_classes(Y_k, D.pair_label[D.pairs], "--pairs")], conditions=Y_k)
 
 
-def rows_of(Y_k: Tensor, label: Tensor, what: str) -> Tensor:
-    """Where label [n] is one of Y_k. UserError if nowhere."""
+def of_classes(Y_k: Tensor, label: Tensor, what: str) -> Tensor:
+    """Where label [n] is of Y_k. UserError if nowhere."""
     rows = torch.isin(label, Y_k).nonzero()[:, 0]
     if not len(rows):
         raise UserError(f"there are no {what} of the classes {Y_k.tolist()}")
@@ -129,22 +125,22 @@ def rows_of(Y_k: Tensor, label: Tensor, what: str) -> Tensor:
 
 
 def stages_of(flags: Flags) -> list[tuple]:
-    """[(stage, its F)] in order. TSM: one network on all data, or one a student [MSD App. D.2.2]."""
+    """[(stage, its F)] in order; TSM: one for all, or one each [MSD App. D.2.2]."""
     known = {"tsm": (tsm, (lambda D, Y_k: D) if flags.tsm.common else filter_adm), "adm": (adm, filter_adm),
              "dm": (dmd, filter_pairs if flags.dm.filter_pairs else filter_dm), "post": (post, filter_dm),
              "cd": (consistency, filter_adm)}
     return [known[name] for name in flags.order() if name in known]
 
 
-# ----------------------------------------------------------------- who has what, and who answers
+# ---------------------------------------- who has what, and who answers
 
 def partition(classes: int, K: int, how: str = "consecutive", embeddings: Tensor | None = None, seed: int = 0):
-    """[Y_1, …, Y_K], sorted, disjoint and covering [MSD Sec. 3.1]. UserError if K is out of range, or a part empty.
+    """[Y_1, …, Y_K], sorted, disjoint and covering [MSD Sec. 3.1]. UserError if that can't be.
 
-    consecutive: blocks in numerical order [MSD Sec. 4.1]; random: of a permutation; kmeans: clusters of the conditions'
-    embeddings [classes, d], of unequal sizes [MSD App. B.1]; quadrant: for text [MSD App. D.3.1]; else a file."""
+    consecutive: blocks [MSD Sec. 4.1]; random: of a permutation; kmeans: clusters of embeddings [classes, d] [MSD App.
+    B.1]; quadrant: for text [MSD App. D.3.1]; else a file."""
     if not 1 <= K <= classes:
-        raise UserError(f"--students {K}: from 1 to {classes}, the number of classes")
+        raise UserError(f"--students {K}: from 1 to {classes}")
     if how == "consecutive":
         return list(torch.arange(classes).tensor_split(K))
     if how == "random":
@@ -155,23 +151,20 @@ def partition(classes: int, K: int, how: str = "consecutive", embeddings: Tensor
     k = kmeans(embeddings, K, seed) if how == "kmeans" else quadrant(embeddings)
     parts = [(k == i).nonzero()[:, 0] for i in range(K)]
     if sum(map(len, parts)) < classes or not all(map(len, parts)):
-        raise UserError(f"--partition {how}: {K} students: a part is empty, or a class is left over (quadrant makes 4)")
+        raise UserError(f"--partition {how}: a part of {K} is empty, or a class is left over")
     return sorted(parts, key=lambda part: int(part[0])) if how == "kmeans" else parts
 
 
 def quadrant(embeddings: Tensor) -> Tensor:
-    """Which quadrant the first two entries of embeddings [..., d] lie in: 0 to 3, counter-clockwise [MSD App.
-    D.3.1]."""
+    """0 to 3 [...], of the first two of embeddings [..., d], counter-clockwise [MSD App. D.3.1]."""
     right, up = embeddings[..., 0] >= 0, embeddings[..., 1] >= 0
     return torch.where(up, torch.where(right, 0, 1), torch.where(right, 3, 2))
 
 
 def kmeans(points: Tensor, clusters: int, seed: int = 0, restarts: int = 8) -> Tensor:
     """Cluster index [N] of points [N, d]: Lloyd's algorithm, the best of several starts, whatever the points' order.
-
-    A start takes the farthest point in a random direction, then again and again the point farthest from those taken. A
-    cluster that runs empty is given the point farthest from its own centre, and that is said."""
-    x, best, g = points.double().cpu(), (torch.inf, None), generator(seed, "kmeans")
+    A start: the farthest point in a random direction, then again and again the one farthest from those taken."""
+    x, least, found, g = points.double().cpu(), torch.inf, None, generator(seed, "kmeans")
     for _ in range(restarts):
         first = int((x @ torch.randn(x.shape[1], generator=g, dtype=x.dtype)).argmax())
         centre = x[first:first + 1]
@@ -181,43 +174,41 @@ def kmeans(points: Tensor, clusters: int, seed: int = 0, restarts: int = 8) -> T
         while True:
             distance = torch.cdist(x, centre)
             new = distance.argmin(1)
-            for empty in set(range(clusters)) - set(new.tolist()):
+            for empty in {*range(clusters)} - {*new.tolist()}:
                 own = distance.gather(1, new[:, None])[:, 0]
                 own[torch.bincount(new, minlength=clusters)[new] < 2] = -1  # never the last of a cluster
-                print(f"kmeans: cluster {empty} ran empty; it starts again from condition {int(own.argmax())}")
-                new[own.argmax()] = empty
+                new[own.argmax()] = empty  # the farthest from its own centre
+                print(f"kmeans: cluster {empty} ran empty, and starts again")
             if torch.equal(new, k):
                 break
             k = new
             centre = torch.stack([x[k == i].mean(0) for i in range(clusters)])
         spread = (x - centre[k]).square().sum().item()
-        if spread < best[0] - 1e-12:
-            best = (spread, k)
-    return best[1]
+        if spread < least - 1e-12:
+            least, found = spread, k
+    return found
 
 
 def read_partition(path: str, classes: int, students: int) -> list[Tensor]:
-    """A text file with one line of classes per student; # begins a comment. UserError unless each class is there
-    once."""
+    """A line of classes per student; # begins a comment. UserError unless each class is there once."""
     try:
         text = Path(path).read_text("utf-8-sig").replace(",", " ")
         parts = [sorted(map(int, line)) for line in (row.split("#")[0].split() for row in text.splitlines()) if line]
     except (OSError, ValueError) as error:
-        raise UserError(f"--partition {path}: no consecutive, random, kmeans or quadrant, and no text file with one "
-                        f"line of classes per student ({error})") from None
+        raise UserError(f"--partition {path}: no choice, and no text file ({error})") from None
     listed = [c for part in parts for c in part]
-    wrong = sorted(set(listed) ^ set(range(classes))) + [c for c in set(listed) if listed.count(c) > 1]
+    wrong = {*listed} ^ {*range(classes)} | {c for c in listed if listed.count(c) > 1}
     if wrong or len(parts) != students:
-        raise UserError(f"--partition {path}: " + (f"class {wrong[0]} is missing, unknown or listed twice" if wrong else
-                                                   f"{len(parts)} students (lines), but --students {students}"))
+        what = f"class {min(wrong)} is missing, unknown or listed twice" if wrong else f"{len(parts)} lines"
+        raise UserError(f"--partition {path}: {what}, for --students {students}")
     return [torch.tensor(part) for part in parts]
 
 
 class Router:
-    """Which student answers? label [...] -> k [...], by table look-up. UserError for a class that is not there.
+    """Which student answers? label [...] -> k [...]. UserError for a class that is not there.
 
-    With the conditions' embeddings [classes, d] also embeddings [..., d] themselves: a row of the table goes to its own
-    student, another one to that of its quadrant, if the table is split so, else of the nearest centroid."""
+    With a table E [classes, d] also of embeddings [..., d]: a row of E has its own student, another that of its
+    quadrant, if the classes are split so, else of the nearest centroid."""
 
     def __init__(self, parts: list[Tensor], embeddings: Tensor | None = None):
         self.K, self.table, self.E = len(parts), torch.full((1 + int(torch.cat(parts).max()),), -1), embeddings
@@ -228,11 +219,10 @@ class Router:
         if label.is_floating_point() and self.E is not None:
             return self.unseen(label)
         if label.is_floating_point() or not ((label >= 0) & (label < len(self.table))).all():
-            raise UserError(f"labels {label.flatten()[:4].tolist()} …: this run has classes 0 to {len(self.table) - 1}")
+            raise UserError(f"labels {label.flatten()[:4].tolist()} …: not in 0 to {len(self.table) - 1}")
         return self.table[label.cpu()].to(label.device)
 
     def unseen(self, embedding: Tensor) -> Tensor:
-        """Student index [...] of embeddings [..., d]."""
         flat, E = embedding.reshape(-1, embedding.shape[-1]), self.E.to(embedding)
         centroids = torch.stack([E[self.table == k].mean(0) for k in range(self.K)])
         by_quadrant = self.K == 4 and torch.equal(quadrant(E).cpu(), self.table)
@@ -243,159 +233,145 @@ class Router:
 
 
 def router_of(students: Students) -> Router:
-    """The router of these students."""
     return Router(students.parts, students.facts.embeddings() if students.facts.embeddings else None)
 
 
 def route(students: Students, router: Router, z: Tensor, label: Tensor) -> Tensor:
-    """x [B, *shape] from z [B, *shape] and label [B]: each sample by its own student, one evaluation, in their order.
-
-    A stack's students answer a block of rows each, all at once; of image students only those needed are read."""
+    """x [B, *shape] of z [B, *shape] and label [B]: each sample by its own student; a stack answers at once."""
     k = router(label)  # [B]
     if students.stack is None:
         x = torch.empty_like(z)
         for i in k.unique().tolist():
             x[k == i] = dmd.one_step(students[i], z[k == i], label[k == i])
         return x
-    order, count = k.argsort(stable=True), torch.bincount(k, minlength=router.K)  # [B], [K]
-    place = torch.empty_like(k)  # [B]: its row in its student's block
-    place[order] = torch.arange(len(k), device=k.device) - (count.cumsum(0) - count)[k[order]]
-    z_k = z.new_zeros(len(count), int(count.max()), *z.shape[1:])  # [K, most, *shape], padded
-    label_k = label.new_zeros(len(count), int(count.max()), *label.shape[1:])
+    count = one_hot(k, router.K).cumsum(0)  # [B, K]
+    place = count.gather(1, k[:, None])[:, 0] - 1  # [B]: a sample's row in its student's block
+    block = router.K, int(count[-1].max())
+    z_k, label_k = z.new_zeros(*block, *z.shape[1:]), label.new_zeros(*block, *label.shape[1:])  # padded
     z_k[k, place], label_k[k, place] = z, label
     return dmd.one_step(students.stack, z_k, label_k)[k, place]
 
 
 @torch.no_grad()
 def generate(folder, label: Tensor, seeds) -> Tensor:
-    """One-step samples x [B, *shape] of the classes label [B] (of toy-prompts also embeddings [B, d]).
+    """One-step samples x [B, *shape] of the classes (or embeddings) label [B], from B seeds.
 
-    seeds: B integers; each is a latent, whatever else is in the batch. folder: runs/toy/seed0/students8, or
-    Students."""
+    folder: runs/toy/seed0/students8, or Students."""
     students = (folder if isinstance(folder, Students) else load_students(folder)).to(label.device)
     if len(seeds) != len(label):
-        raise UserError(f"generate: {len(label)} labels, but {len(seeds)} seeds; one seed a sample")
+        raise UserError(f"generate: {len(label)} labels, but {len(seeds)} seeds")
     z = common.latents(seeds, students.facts.shape).to(label.device)
     return route(students, router_of(students), z, label)
 
 
-# ----------------------------------------------------------------- what a run ends with
+# ------------------------------------------------- what a run ends with
 
 def sampled(students: Students, router: Router, z: Tensor, label: Tensor, device) -> Tensor:
-    """One-step samples of labels [N] from latents z [N, *shape], on the CPU; images as uint8, student after student."""
-    students.to(device)
-    stacked, chunk = students.facts.stacked, 16_384 if students.facts.stacked else students.facts.chunk
-    order = torch.arange(len(label)) if stacked else router(label).argsort(stable=True)
-    x = torch.empty_like(z)
-    for rows in order.split(chunk):
+    """Samples of labels [N] from latents z [N, *shape], on the CPU; images as uint8."""
+    stacked, x = students.to(device).facts.stacked, torch.empty_like(z)
+    order = torch.arange(len(label)) if stacked else router(label).argsort(stable=True)  # student after student
+    for rows in order.split(16_384 if stacked else students.facts.chunk):
         x[rows] = route(students, router, z[rows].to(device), label[rows].to(device)).cpu()
     return x if stacked else to_uint8(x)
 
 
 def samplers(flags: Flags, device):
-    """The students of every seed, stage and K of this run, one after another, to be measured."""
-    for seed in flags.run.all_seeds():
-        for stage in (name for name in flags.order() if name in ONE_STEP):
-            for K in flags.students:
-                folder = stage_folder(flags, seed, K, stage)
-                best, last = load_students(folder), load_students(folder, "ema.pt")
-                router = router_of(best)
-                yield evaluate.Sampler(
-                    stage, K, seed, lambda z, label: sampled(best, router, z, label, device), folder, router,
-                    best.seconds, lambda z, label: sampled(last, router, z, label, device), per_class=True)
+    """Of every seed, stage and K, in turn."""
+    stages = [name for name in flags.order() if name in ONE_STEP]
+    for seed, stage, K in itertools.product(flags.run.all_seeds(), stages, flags.students):
+        folder = stage_folder(flags, seed, K, stage)
+        best, last = load_students(folder), load_students(folder, "ema.pt")
+        router = router_of(best)
+        of_best, of_last = (functools.partial(sampled, found, router, device=device) for found in (best, last))
+        yield evaluate.Sampler(stage, K, seed, of_best, folder, router, best.seconds, of_last, per_class=True)
 
 
 def cd_bound(flags: Flags, given: teacher.Given, device) -> dict:
-    """What a perfect f of CD gives: the distances of the N-point Heun sampler's own samples. Made once and kept."""
+    """What a perfect f of CD gives: the N-point Heun sampler. Kept."""
     facts, N, m = given.facts, flags.cd.points, given.facts.metric
+
+    def sample(z: Tensor, label: Tensor) -> Tensor:
+        chunks = zip(z.split(facts.chunk), label.split(facts.chunk))
+        return torch.cat([consistency.bound(given.mu_teacher, a[None].to(device), b[None].to(device), N)[0].cpu()
+                          for a, b in run.bar(chunks, f"{N}-point sampler", -(-len(z) // facts.chunk))])
     judged = "" if facts.stacked else run.suffix(Path(flags.run.features).stem or "classifier")
     path = Path(flags.run.out) / f"seed{given.seed}" / "reference" / f"bound-{N}{judged}.json"
     if not path.exists():
-        label = data.stratified(flags.run.eval_samples, facts.classes)
-        z = torch.randn(len(label), *facts.shape, generator=generator(given.seed, "report z"))
-        chunks = list(zip(z.split(facts.chunk), label.split(facts.chunk)))
-        x = [consistency.bound(given.mu_teacher, a[None].to(device), b[None].to(device), N)[0].cpu()
-             for a, b in run.bar(chunks, f"{N}-point sampler", len(chunks))]
-        mine = given.judge.statistics(torch.cat(x), label)
-        names = {m: "report", f"{m}_data": "real"}
-        run.save_json(path, {name: given.judge.distance(mine, given.references[of]) for name, of in names.items()})
+        row = evaluate.measure(evaluate.Sampler("bound", 0, given.seed, sample), given, flags.run.eval_samples)
+        run.save_json(path, {m: row.to_teacher, f"{m}_data": row.to_data})
     return run.load_json(path)
 
 
 def likeness(parts: list[Tensor], embeddings: Tensor) -> list[float | None]:
-    """Mean distance of two conditions of one part, and of two parts, by embeddings [classes, d]; None: no such two."""
+    """Mean distance of two conditions of one part, and of two parts; None: no such two."""
     k = Router(parts).table
-    d, same = torch.cdist(embeddings.double().cpu(), embeddings.double().cpu()), k[:, None] == k
-    return [v.mean().item() if len(v) else None for v in (d[same & ~torch.eye(len(k), dtype=torch.bool)], d[~same])]
+    E, same = embeddings.double().cpu(), k[:, None] == k
+    d, other = torch.cdist(E, E), ~torch.eye(len(k), dtype=torch.bool)
+    return [v.mean().item() if len(v) else None for v in (d[same & other], d[~same])]
 
 
 def report(flags: Flags, inputs: dict, parts: dict, device) -> int:
-    """Measure the students of all one-step stages; results.json, table, verdicts, figures."""
-    facts, more, first = facts_of(flags), {"partition": {}}, next(iter(inputs.values()))
+    """results.json, table, verdicts, figures."""
+    facts, more, configs = facts_of(flags), {"partition": {}}, {}
     rows = evaluate.measure_all(samplers(flags, device), inputs, flags.run.eval_samples)
     if "cd" in rows:
         bounds = [cd_bound(flags, given, device) for given in inputs.values()]
         more["bound"] = {**evaluate.summary(bounds), "points": flags.cd.points}
     for K in flags.students:
-        alike = [likeness(parts[seed, K], given.embeddings()) for seed, given in inputs.items()]
-        more["partition"][str(K)] = {"how": flags.partition, "sizes": [[*map(len, parts[seed, K])] for seed in inputs],
-                                     "within": [a for a, _ in alike], "between": [b for _, b in alike]}
-    configs = {}
+        within, between = zip(*(likeness(parts[seed, K], given.embeddings()) for seed, given in inputs.items()))
+        sizes = [[*map(len, parts[seed, K])] for seed in inputs]
+        more["partition"][str(K)] = dict(how=flags.partition, sizes=sizes, within=within, between=between)
     for stage, _ in stages_of(flags):
         before = flags.order()[:flags.order().index(stage.NAME)]
-        own = {"partition": flags.partition, "student_size": flags.student_size, "init": flags.init, "before": before}
-        configs[stage.NAME] = {**first.ancestry, **settings(flags, stage.NAME, stage.USES), **own}
+        configs[stage.NAME] = {**inputs[flags.run.seed].ancestry, **settings(flags, stage.NAME, stage.USES),
+                               **values(flags, "partition", "student_size", "init"), "before": before}
     size = flags.student_size or flags.teacher.size or facts.sizes[0]
-    results = evaluate.results_of(flags.run, inputs, rows, edm.evaluations(flags.teacher.sampler_steps), size=size,
-                                  parameters=weights(facts, size), classes_of_data=facts.classes,
-                                  configs=configs, **more)
+    more |= dict(size=size, parameters=weights(facts, size), classes_of_data=facts.classes, configs=configs)
+    results = evaluate.results_of(flags.run, inputs, rows, edm.evaluations(flags.teacher.sampler_steps), **more)
     path = Path(flags.run.out) / f"results{run.suffix(tag_of(flags))}.json"
     evaluate.report(path, results, evaluate.verdicts(results))
     return 0
 
 
 def weights(facts: data.Facts, size) -> int:
-    """Number of weights of a network, which is made without its memory."""
+    """Of a network, which is made without its memory."""
     with torch.device("meta"):
         return sum(p.numel() for p in facts.net(1, size).parameters())
 
 
 def title(flags: Flags) -> str:
-    """What is going to happen, in a line."""
     stages = ", then ".join("{}: {} updates of batch {}".format(s.NAME, *s.length(flags)) for s, _ in stages_of(flags))
-    return (f"msd: {flags.run.dataset}, K = {', '.join(map(str, flags.students))}, {flags.run.seeds} seed(s), "
-            f"{stages or 'the teacher alone'}, into {flags.run.out}")
+    K = ", ".join(map(str, flags.students))
+    return f"msd: {flags.run.dataset}, K = {K}, {stages or 'the teacher alone'}, into {flags.run.out}"
 
 
 def plan(flags: Flags) -> int:
-    """--dry-run: every value with its source, parameters, memory and ranks; without data or weights."""
-    facts, evaluations = facts_of(flags), edm.evaluations(flags.teacher.sampler_steps)
-    t, s = weights(facts, flags.teacher.size), weights(facts, flags.student_size or flags.teacher.size)
+    """--dry-run, without data or weights."""
+    facts = facts_of(flags)
+    t, s = (weights(facts, size) for size in (flags.teacher.size, flags.student_size or flags.teacher.size))
     fake = t if {"dm", "adm"} & {*flags.order()} else 0
-    held = {"teacher": t, "G": s, "averages": 2 * s, "mu_fake": fake, "gradients": s + fake, "AdamW": 2 * (s + fake)}
-    print(title(flags) + "\n" + describe(flags))
+    print(title(flags), describe(flags), sep="\n")
     for K in flags.students:
-        print(f"K = {K}: {K * s:,} parameters, of which a sample uses {s:,}; " + (
-            "one stack on all ranks" if facts.stacked else f"{K} ranks: one a student; {2 * K}: two, that share its "
-            "batch; fewer: students in turn"))
+        ranks = "one stack on all ranks" if facts.stacked else f"{K} ranks: one a student; fewer: in turn"
+        print(f"K = {K}: {K * s:,} parameters, of which a sample uses {s:,}; {ranks}")
         if flags.partition == "consecutive":
-            print("  classes " + " | ".join(f"{Y_k[0]}-{Y_k[-1]}" for Y_k in partition(facts.classes, K)))
-    gib = {name: n * 4 / 2 ** 30 for name, n in held.items()}
-    print(f"memory of a student's rank, without activations: {sum(gib.values()):.2f} GiB in float32 ("
-          + ", ".join(f"{name} {v:.2f}" for name, v in gib.items()) + ")")
-    print(f"pairs: {flags.dm.pairs:,} times {evaluations} evaluations of the teacher, {t:,} parameters")
+            print("  classes", " | ".join(f"{Y_k[0]}-{Y_k[-1]}" for Y_k in partition(facts.classes, K)))
+    held = t + 6 * s + 4 * fake  # with averages, gradients, AdamW's moments
+    print(f"a student's rank holds {held * 4 / 2 ** 30:.2f} GiB in float32, without activations")
+    cost = edm.evaluations(flags.teacher.sampler_steps)
+    print(f"pairs: {flags.dm.pairs:,} times {cost} evaluations of the teacher, {t:,} parameters")
     return 0
 
 
 def divide(flags: Flags, ranks: common.Ranks) -> None:
-    """Do ranks and batches divide? Said now, not after the teacher. UserError if not."""
+    """UserError if ranks and batches don't."""
     for K in flags.students:
         own = ranks if facts_of(flags).stacked or flags.student >= 0 else ranks.split(K)[1]
         for stage, _ in stages_of(flags):
             own.parts(stage.length(flags)[1], flags.run.micro_batch)
 
 
-# ----------------------------------------------------------------- the command
+# ---------------------------------------------------------- the command
 
 @command
 def main(argv=None) -> int:
@@ -404,23 +380,23 @@ def main(argv=None) -> int:
     check(flags, CONFLICTS)
     if flags.run.dry_run:
         return plan(flags)
-    ranks = run.start(flags.run)                                            # torchrun's, or this process alone
+    ranks = run.start(flags.run)  # torchrun's
     divide(flags, ranks)
     if ranks.rank == 0:
         print(f"{title(flags)}, on {ranks.device}", flush=True)
-    inputs = teacher.prepare(flags, ranks)                                  # {seed: mu_teacher, D, references}
+    inputs = teacher.prepare(flags, ranks)  # {seed: mu_teacher, D, references}
 
     students, parts = [], {}
     for seed, given in inputs.items():
-        for K in flags.students:                                            # Y = Y_1 + … + Y_K
+        for K in flags.students:  # Y = Y_1 + … + Y_K
             parts[seed, K] = partition(given.facts.classes, K, flags.partition, given.embeddings(), seed)
             for k, Y_k in enumerate(parts[seed, K]):
                 if flags.student in (-1, k):
                     students.append(first_start(flags, Student(seed, K, k, tuple(Y_k.tolist())), given))
 
-    for stage, F in stages_of(flags):                                       # each from the best of the one before
-        shares = [F(inputs[s.seed].D, torch.tensor(s.classes)) for s in students]       # D_k of each
-        students = distil(stage, students, shares, inputs, flags, ranks)    # G_k = Distill(mu_teacher, D_k)
+    for stage, F in stages_of(flags):  # each from the best of the one before
+        shares = [F(inputs[s.seed].D, torch.tensor(s.classes)) for s in students]  # D_k of each
+        students = distil(stage, students, shares, inputs, flags, ranks)  # G_k = Distill(mu_teacher, D_k)
 
     measured = {*flags.order()} & {*ONE_STEP} and ranks.rank == 0 and flags.student < 0
     code = report(flags, inputs, parts, ranks.device) if measured else 0
