@@ -51,14 +51,14 @@ class Flags:
     adm: adm.Flags
     cd: consistency.Flags
     students: list[int] = flag([8], "numbers of students K", low=1)
-    student: int = flag(-1, "train only student k of each K; -1 = all", low=-1)
+    student: int = flag(-1, "train only this student of each K, for a job array; -1 = all", low=-1)
     partition: str = flag("consecutive", "consecutive, random, kmeans (of label embeddings), quadrant (K = 4), "
                                          "or a file, a line per student")
     stages: str = flag("dm", "in order; teacher: no students", choices=ORDERS)
     method: str = flag("dmd", "cd: the same as --stages cd", choices=("dmd", "cd"))
     student_size: str = flag("", "none = the teacher's", choices=("", "B", "S", "XS", "XXS"))
-    init: str = flag("", "first start: teacher, random, a checkpoint's path, or a stage (dm, dm-TAG); none = teacher, "
-                         "for adm the dm stage")
+    init: str = flag("", "what the first stage starts from: teacher, random, a checkpoint's path, or a stage (dm, "
+                         "dm-TAG); none = teacher, for adm the dm stage")
     real: str = flag("data", "data of TSM, ADM and CD; generated: the pairs' y", choices=("data", "generated"))
 
     def order(self) -> list[str]:
@@ -156,7 +156,7 @@ def partition(classes: int, K: int, how: str = "consecutive", embeddings: Tensor
 
 
 def quadrant(embeddings: Tensor) -> Tensor:
-    """0 to 3 [...], of the first two of embeddings [..., d], counter-clockwise [MSD App. D.3.1]."""
+    """Which quadrant the first two entries of embeddings [..., d] lie in: 0 to 3, counter-clockwise [MSD App. D.3.1]."""
     right, up = embeddings[..., 0] >= 0, embeddings[..., 1] >= 0
     return torch.where(up, torch.where(right, 0, 1), torch.where(right, 3, 2))
 
@@ -237,7 +237,7 @@ def router_of(students: Students) -> Router:
 
 
 def route(students: Students, router: Router, z: Tensor, label: Tensor) -> Tensor:
-    """x [B, *shape] of z [B, *shape] and label [B]: each sample by its own student; a stack answers at once."""
+    """x [B, *shape] of z [B, *shape] and label [B]: each sample by its own student, one evaluation, in their order."""
     k = router(label)  # [B]
     if students.stack is None:
         x = torch.empty_like(z)
@@ -267,7 +267,7 @@ def generate(folder, label: Tensor, seeds) -> Tensor:
 # ------------------------------------------------- what a run ends with
 
 def sampled(students: Students, router: Router, z: Tensor, label: Tensor, device) -> Tensor:
-    """Samples of labels [N] from latents z [N, *shape], on the CPU; images as uint8."""
+    """One-step samples of labels [N] from latents z [N, *shape], on the CPU; images as uint8."""
     stacked, x = students.to(device).facts.stacked, torch.empty_like(z)
     order = torch.arange(len(label)) if stacked else router(label).argsort(stable=True)  # student after student
     for rows in order.split(16_384 if stacked else students.facts.chunk):
@@ -276,7 +276,7 @@ def sampled(students: Students, router: Router, z: Tensor, label: Tensor, device
 
 
 def samplers(flags: Flags, device):
-    """Of every seed, stage and K, in turn."""
+    """The students of every seed, stage and K of this run, one after another, to be measured."""
     stages = [name for name in flags.order() if name in ONE_STEP]
     for seed, stage, K in itertools.product(flags.run.all_seeds(), stages, flags.students):
         folder = stage_folder(flags, seed, K, stage)
@@ -287,7 +287,7 @@ def samplers(flags: Flags, device):
 
 
 def cd_bound(flags: Flags, given: teacher.Given, device) -> dict:
-    """What a perfect f of CD gives: the N-point Heun sampler. Kept."""
+    """What a perfect f of CD gives: the distances of the N-point Heun sampler's own samples. Made once and kept."""
     facts, N, m = given.facts, flags.cd.points, given.facts.metric
 
     def sample(z: Tensor, label: Tensor) -> Tensor:
@@ -311,7 +311,7 @@ def likeness(parts: list[Tensor], embeddings: Tensor) -> list[float | None]:
 
 
 def report(flags: Flags, inputs: dict, parts: dict, device) -> int:
-    """results.json, table, verdicts, figures."""
+    """Measure the students of all one-step stages; results.json, table, verdicts, figures."""
     facts, more, configs = facts_of(flags), {"partition": {}}, {}
     rows = evaluate.measure_all(samplers(flags, device), inputs, flags.run.eval_samples)
     if "cd" in rows:
@@ -334,7 +334,7 @@ def report(flags: Flags, inputs: dict, parts: dict, device) -> int:
 
 
 def weights(facts: data.Facts, size) -> int:
-    """Of a network, which is made without its memory."""
+    """Number of weights of a network, which is made without its memory."""
     with torch.device("meta"):
         return sum(p.numel() for p in facts.net(1, size).parameters())
 
@@ -346,7 +346,7 @@ def title(flags: Flags) -> str:
 
 
 def plan(flags: Flags) -> int:
-    """--dry-run, without data or weights."""
+    """--dry-run: every value with its source, parameters, memory and ranks; without data or weights."""
     facts = facts_of(flags)
     t, s = (weights(facts, size) for size in (flags.teacher.size, flags.student_size or flags.teacher.size))
     fake = t if {"dm", "adm"} & {*flags.order()} else 0
@@ -364,7 +364,7 @@ def plan(flags: Flags) -> int:
 
 
 def divide(flags: Flags, ranks: common.Ranks) -> None:
-    """UserError if ranks and batches don't."""
+    """Do ranks and batches divide? Said now, not after the teacher. UserError if not."""
     for K in flags.students:
         own = ranks if facts_of(flags).stacked or flags.student >= 0 else ranks.split(K)[1]
         for stage, _ in stages_of(flags):

@@ -234,7 +234,7 @@ class Selection:
 
 
 class Task:
-    """What a stage's loop is handed, for a stack of M students; networks when it asks for them."""
+    """What a stage's loop is handed, for a stack of M students; each network is made when the loop asks for it."""
 
     def __init__(self, stage, students: list[Student], shares: list, inputs: dict, flags, ranks: Ranks):
         self.flags, self.students, self.shares = flags, students, shares
@@ -247,7 +247,7 @@ class Task:
 
     @functools.cached_property
     def G(self) -> edm.Precond:
-        """To train, at its start."""
+        """The stack of networks to train, at its start."""
         return self._stack([s.start for s in self.students])
 
     def _stack(self, starts: list[Start]) -> edm.Precond:
@@ -258,7 +258,7 @@ class Task:
 
     @functools.cached_property
     def teacher_net(self) -> edm.Precond:
-        """Unguided, frozen."""
+        """The teacher's networks, unguided, frozen: with features."""
         return self.given[0].net if len(self.given) == 1 else self._teachers().requires_grad_(False)
 
     @functools.cached_property
@@ -268,17 +268,17 @@ class Task:
 
     @functools.cached_property
     def mu_fake(self) -> edm.Precond:
-        """To train, of the teacher's size."""
+        """A stack of the teacher's networks to train, whatever the generators' size is."""
         return self._teachers()
 
     @functools.cached_property
     def imitated(self) -> edm.Precond:
-        """For post.py, frozen."""
+        """For post.py: the one-step students to imitate, frozen."""
         return self._stack([imitated(self.flags, s) for s in self.students]).requires_grad_(False)
 
     @functools.cached_property
     def distance(self):
-        """l of the regression."""
+        """l of the regression: a name, or LPIPS."""
         return dmd.lpips_distance(self.device) if self.flags.dm.distance == "lpips" else self.flags.dm.distance
 
     def pairs(self, batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -316,8 +316,8 @@ def distil(stage, students: list[Student], shares: list, inputs: dict, flags, ra
            more=lambda s: {}) -> list[Student]:
     """G_k = Distill(mu_teacher, D_k) for all k [MSD Eq. 1]: trained, or reused; the students, each at its new start.
 
-    inputs: {seed: teacher.Given}; more(s): more of config.json. The toy's students train as one stack, on all ranks;
-    image students of one K go to ranks of their own."""
+    shares: D_k of each; inputs: {seed: teacher.Given}; home(stage, flags, s): its folder; more(s): more of its config.json.
+    The toy's students train as one stack, on all ranks; image students of one K go to ranks of their own."""
     given, files, trainees = inputs[students[0].seed], ("best.pt", "ema.pt") if stage.BY else ("ema.pt",), students
     facts, shared = given.facts, stage is tsm and flags.tsm.common  # shared: one network a seed
     if stage is tsm:
@@ -326,10 +326,11 @@ def distil(stage, students: list[Student], shares: list, inputs: dict, flags, ra
     if shared:
         trainees = [replace(s, K=1, k=0, classes=tuple(range(facts.classes))) for s in trainees]
     folders: dict[Path, list] = {}  # {folder: [(student, D_k)]}
-    for s, D in dict(zip(trainees, shares)).items():  # equal students once
+    for s, D in dict(zip(trainees, shares)).items():  # equal ones, of a common TSM, once
         place = home(stage, flags, s)
         folder = place if facts.stacked or stage is edm else place / f"student{s.k}"
-        folders.setdefault(folder, []).append((s, D))
+        asked = replace(s, classes=tuple(D.conditions.tolist()))  # C of D_k: the classes that it is asked for
+        folders.setdefault(folder, []).append((asked, D))
     for folder, rows in folders.items():
         s, own = rows[0][0], {}
         if stage is not edm:
@@ -354,7 +355,7 @@ def distil(stage, students: list[Student], shares: list, inputs: dict, flags, ra
 
 
 def _train(stage, folders: dict, inputs: dict, flags, ranks: Ranks) -> None:
-    """As one stack; its weights lie in these folders."""
+    """Train these folders' students {folder: [(student, D_k)]} as one stack, and save their weights there."""
     slices, everyone = {}, []
     for folder, rows in folders.items():
         slices[folder] = slice(len(everyone), len(everyone) + len(rows))

@@ -20,6 +20,7 @@ import sample
 import teacher
 import toy_mog
 from conftest import ROOT, refused, same
+from flags import UserError
 from plot import draw
 from run import RETIRED, load_json, load_shards, load_tensors, save_json
 from students import Students, whole
@@ -221,3 +222,17 @@ def test_exact_teacher(tmp_path):
     a = np.load(tmp_path / "s.npz")
     expected = edm.heun(toy_mog.denoiser, common.latents(range(10), (2,)), torch.tensor(a["label"]), 8)
     torch.testing.assert_close(torch.tensor(a["teacher"]), expected)
+
+
+def test_f_decides_what_a_student_is_asked_for(tmp_path, monkeypatch):
+    """Not decoration: with another F the KL term asks for other classes, though the partition is the same."""
+    asked = []
+
+    def stop(run, flags, task):
+        asked.extend(c.tolist() for c in run.draws.classes)
+        raise UserError("enough")
+    monkeypatch.setattr(msd.dmd, "train", stop)
+    monkeypatch.setattr(msd, "filter_dm", lambda D, Y_k: D._replace(conditions=Y_k[:1]))
+    with pytest.raises(SystemExit):
+        msd.main(["--preset", "smoke", "--students", "2", "--out", str(tmp_path)])
+    assert asked == [[0], [4]]
