@@ -73,6 +73,7 @@ PRESETS = {"run": run.PRESETS, "teacher": edm.PRESETS, "dm": dmd.PRESETS, "tsm":
 
 
 def facts_of(f: Flags) -> data.Facts:
+    """Of the dataset, at this run's resolution."""
     return data.facts(f.run.dataset, f.run.resolution)
 
 
@@ -156,7 +157,7 @@ def partition(classes: int, K: int, how: str = "consecutive", embeddings: Tensor
 
 
 def quadrant(embeddings: Tensor) -> Tensor:
-    """Which quadrant the first two entries of embeddings [..., d] lie in: 0 to 3, counter-clockwise [MSD App. D.3.1]."""
+    """Quadrant, 0 to 3 counter-clockwise, of the first two entries of embeddings [..., d] [MSD App. D.3.1]."""
     right, up = embeddings[..., 0] >= 0, embeddings[..., 1] >= 0
     return torch.where(up, torch.where(right, 0, 1), torch.where(right, 3, 2))
 

@@ -316,7 +316,7 @@ def distil(stage, students: list[Student], shares: list, inputs: dict, flags, ra
            more=lambda s: {}) -> list[Student]:
     """G_k = Distill(mu_teacher, D_k) for all k [MSD Eq. 1]: trained, or reused; the students, each at its new start.
 
-    shares: D_k of each; inputs: {seed: teacher.Given}; home(stage, flags, s): its folder; more(s): more of its config.json.
+    shares: D_k of each; inputs: {seed: teacher.Given}; home(stage, flags, s): its folder; more(s): more of config.json.
     The toy's students train as one stack, on all ranks; image students of one K go to ranks of their own."""
     given, files, trainees = inputs[students[0].seed], ("best.pt", "ema.pt") if stage.BY else ("ema.pt",), students
     facts, shared = given.facts, stage is tsm and flags.tsm.common  # shared: one network a seed

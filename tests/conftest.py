@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # two threads beside another job make small networks ten times slower
 os.environ["TQDM_DISABLE"] = "1"  # before tqdm is imported; commands in processes of their own inherit it
 
 import numpy as np

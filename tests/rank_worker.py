@@ -64,6 +64,7 @@ def double(out: Path, name: str) -> None:
     kept = stage.train(training, *rest)
     if training.main:
         torch.save(kept["ema.pt"].state_dict(), out / "weights.pt")
+    common.leave(training.ranks)
 
 
 if __name__ == "__main__":
