@@ -62,6 +62,7 @@ class Flags:
     real: str = flag("data", "data of TSM, ADM and CD; generated: the pairs' y", choices=("data", "generated"))
 
     def order(self) -> list[str]:
+        """The stages of this run."""
         return ["cd"] if (self.method, self.stages) == ("cd", "dm") else self.stages.split(",")
 
 
@@ -224,6 +225,7 @@ class Router:
         return self.table[label.cpu()].to(label.device)
 
     def unseen(self, embedding: Tensor) -> Tensor:
+        """Student index [...] of embeddings [..., d]."""
         flat, E = embedding.reshape(-1, embedding.shape[-1]), self.E.to(embedding)
         centroids = torch.stack([E[self.table == k].mean(0) for k in range(self.K)])
         by_quadrant = self.K == 4 and torch.equal(quadrant(E).cpu(), self.table)
@@ -234,6 +236,7 @@ class Router:
 
 
 def router_of(students: Students) -> Router:
+    """The router of these students."""
     return Router(students.parts, students.facts.embeddings() if students.facts.embeddings else None)
 
 
@@ -341,6 +344,7 @@ def weights(facts: data.Facts, size) -> int:
 
 
 def title(flags: Flags) -> str:
+    """What is going to happen, in a line."""
     stages = ", then ".join("{}: {} updates of batch {}".format(s.NAME, *s.length(flags)) for s, _ in stages_of(flags))
     K = ", ".join(map(str, flags.students))
     return f"msd: {flags.run.dataset}, K = {K}, {stages or 'the teacher alone'}, into {flags.run.out}"
