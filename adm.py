@@ -83,7 +83,7 @@ PRESETS = {
 }
 
 
-# ---------------------------------------------------------- the losses
+# ---- the losses
 
 def generator_loss(logit: Tensor) -> Tensor:
     """softplus(-logit) [...] of generated samples: non-saturating; 0 where they are taken for real [MSD App. I.3]."""
@@ -155,7 +155,7 @@ def noised(x: Tensor, batch: Batch, bins: Bins) -> tuple[Tensor, Tensor]:
     return x + edm.like(sigma, x) * batch.normal("noise"), sigma
 
 
-# ------------------------------------------------------------ training
+# ---- training
 
 def length(flags) -> tuple[int, int]:
     """Updates of this stage, and its batch."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from flags import UserError
 
 
-# ---------------------------------------------------------- randomness
+# ---- randomness
 
 @dataclass(frozen=True)
 class Student:
@@ -112,7 +112,7 @@ def latents(seeds, shape) -> Tensor:
     return torch.stack([torch.randn(shape, generator=generator("latent", int(s))) for s in seeds])
 
 
-# --------------------------------------------------------------- ranks
+# ---- ranks
 
 PATIENCE = timedelta(days=30)  # ranks that have finished wait for the others
 
@@ -211,7 +211,7 @@ def world(device: torch.device) -> Ranks:
     return Ranks(list(range(size)), dist.group.WORLD, device)
 
 
-# ------------------------------------------------------------- updates
+# ---- updates
 
 def fingerprint(net: nn.Module) -> str:
     """A hash of every weight: equal before and after means frozen."""

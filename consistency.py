@@ -78,7 +78,7 @@ PRESETS = {
 }
 
 
-# ------------------------------------ the method: scalings, step, loss
+# ---- the method: scalings, step, loss
 
 def boundary_scalings(sigma: Tensor, sigma_data: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
     """c_skip, c_out, c_in [...] with c_skip(sigma_min) = 1 and c_out(sigma_min) = 0 exactly [Song et al. 2023, App. C].
@@ -140,7 +140,7 @@ def draw_level(u: Tensor, law: Tensor, top: int) -> Tensor:
     return torch.searchsorted(law, u.to(law.dtype) * law[top - 1]).clamp(max=top - 1)
 
 
-# ------------------------------------------------------------ training
+# ---- training
 
 def length(flags) -> tuple[int, int]:
     """Updates of this stage, and its batch."""

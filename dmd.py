@@ -109,7 +109,7 @@ PRESETS = {
 }
 
 
-# ---------------------------------------------------------- the losses
+# ---- the losses
 
 def dm_gradient(x: Tensor, mu_real: Tensor, mu_fake: Tensor, sigma: Tensor, normaliser: str = "mean_abs",
                 clip: float | None = None, sigma_data: float = 0.5) -> Tensor:
@@ -203,7 +203,7 @@ def in_strata(u: Tensor, low: int, high: int) -> Tensor:
     return (low + u * (high + 1 - low)).long().clamp(max=high)
 
 
-# ------------------------------------------------------------ training
+# ---- training
 
 def length(flags) -> tuple[int, int]:
     """Updates of this stage, and its batch."""

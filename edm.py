@@ -78,7 +78,7 @@ PRESETS = {
 }
 
 
-# ---------------------------------------- preconditioning, noise, loss
+# ---- preconditioning, noise, loss
 
 def like(sigma: Tensor, x: Tensor) -> Tensor:
     """sigma [...] to be broadcast over x [..., *shape]: sigma.ndim is the number of leading dimensions."""
@@ -173,7 +173,7 @@ def by_band(losses: Tensor | None, sigma: Tensor | None, name: str, edges=(0.0, 
     return out
 
 
-# ------------------------------------------------------------- sampler
+# ---- sampler
 
 @torch.no_grad()
 def heun(denoise, z: Tensor, label: Tensor | None, steps: int, *, S_churn: float = 0.0, S_min: float = 0.0,
@@ -218,7 +218,7 @@ def evaluations(steps: int, sampler: str = "heun") -> int:
     return 2 * steps - 1 if sampler == "heun" else steps
 
 
-# ------------------------------------------------------------ training
+# ---- training
 
 def draw_sigma(batch: Batch, f: Flags) -> Tensor:
     """Noise levels [M, b] of the teacher's training: lognormal [EDM Table 1] or uniform over the bins."""

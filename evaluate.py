@@ -28,7 +28,7 @@ import toy_mog
 from flags import UserError, command
 
 
-# -------------------------------------------------------------- judge
+# ---- judge
 
 @dataclass(frozen=True)
 class Judge:
@@ -126,7 +126,7 @@ def judge(run_flags: run.Flags, source: Callable, ranks: common.Ranks) -> Judge:
     return Judge(net.name, statistics, Features.distance, check, lambda seed, number: dict(real()))
 
 
-# ----------------------------------------------- a sampler and its row
+# ---- a sampler and its row
 
 @dataclass
 class Row:
@@ -202,7 +202,7 @@ def multiply_adds(denoise: Callable, facts: data.Facts, device="cpu") -> int:
     return count.get_total_flops() // 2
 
 
-# ------------------------------------------------------- results.json
+# ---- results.json
 
 STAGES = ("post", "cd", "dm", "adm", "o2mkd")  # the last of these is "students"; merged, heun-20 … stand beside
 COLUMNS = ("{}", "{}_sd", "{}_data", "{}_data_sd", "within", "modes", "mode_min", "mode_max", "right class", "seconds",
@@ -302,7 +302,7 @@ def report(path: Path, results: dict, lines: list[str]) -> None:
     print(f"\nresults: {path}\nfigures:", *figures)
 
 
-# ----------------------------------------------------------- verdicts
+# ---- verdicts
 
 T = {2: 6.314, 3: 2.920, 4: 2.353, 5: 2.132, 6: 2.015, 7: 1.943, 8: 1.895, 9: 1.860, 10: 1.833}  # t(0.95, n - 1)
 

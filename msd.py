@@ -101,7 +101,7 @@ CONFLICTS = [  # (is it so?, what to say), for flags.check
 ]
 
 
-# -------------------------------------------------------------------- F
+# ---- F
 
 def filter_dm(D: Data, Y_k: Tensor) -> Data:
     """F_DM(D, Y_k) = (D_paired, C_{Y_k}) [MSD Sec. 3.2]: the pairs stay whole; fewer would lose modes."""
@@ -134,7 +134,7 @@ def stages_of(flags: Flags) -> list[tuple]:
     return [known[name] for name in flags.order() if name in known]
 
 
-# ---------------------------------------- who has what, and who answers
+# ---- who has what, and who answers
 
 def partition(classes: int, K: int, how: str = "consecutive", embeddings: Tensor | None = None, seed: int = 0):
     """[Y_1, …, Y_K], sorted, disjoint and covering [MSD Sec. 3.1]. UserError if that can't be.
@@ -268,7 +268,7 @@ def generate(folder, label: Tensor, seeds) -> Tensor:
     return route(students, router_of(students), z, label)
 
 
-# ------------------------------------------------- what a run ends with
+# ---- what a run ends with
 
 def sampled(students: Students, router: Router, z: Tensor, label: Tensor, device) -> Tensor:
     """One-step samples of labels [N] from latents z [N, *shape], on the CPU; images as uint8."""
@@ -376,7 +376,7 @@ def divide(flags: Flags, ranks: common.Ranks) -> None:
             own.parts(stage.length(flags)[1], flags.run.micro_batch)
 
 
-# ---------------------------------------------------------- the command
+# ---- the command
 
 @command
 def main(argv=None) -> int:

@@ -110,7 +110,7 @@ CONFLICTS = [
 ]
 
 
-# -------------------------------------------------- ranges and router
+# ---- ranges and router
 
 def ranges(number: int, scheme: str = "uniform") -> list[int]:
     """Edges [number + 1]: student i owns the bins edges[i] … edges[i + 1] - 1 of edm.sigma_bins.
@@ -164,7 +164,7 @@ def draw_bins(batch, low: Tensor, high: Tensor, p: float) -> Tensor:
     return torch.minimum((low + batch.uniform("sigma") * (high - low)).long(), high - 1)  # rounding up at the end
 
 
-# ---------------------------------------------------------- the losses
+# ---- the losses
 
 def pooled(h: Tensor) -> Tensor:
     """Features [M, b, C]: of images the mean over positions."""
@@ -230,7 +230,7 @@ def o2mkd_loss(student, teacher, x: Tensor, label: Tensor, sigma: Tensor, noise:
     return loss, {name: v.detach() for name, v in parts.items()}
 
 
-# ------------------------------------------------------------ training
+# ---- training
 
 def length(flags) -> tuple[int, int]:
     """Updates of this stage, and its batch."""
@@ -266,7 +266,7 @@ def train(run, flags, task) -> dict:
     return {"start.pt": start, "ema.pt": average.now}
 
 
-# ------------------------------------------------------- who has what
+# ---- who has what
 
 def folder_of(flags, seed: int, N: int) -> Path:
     """OUT/seedS/o2mkdN[-TAG]"""
@@ -336,7 +336,7 @@ def merge_folders(folders: list, c: float | None = None) -> edm.Precond:
     return merge(found[0].start, [D for f in found for D in f.denoisers], c)
 
 
-# ----------------------------------------------- probes of the claims
+# ---- probes of the claims
 
 def steadiness(folder: Path) -> dict:
     """{loss: {"fall", "variation"}} of training curves [O2MKD Fig. 9]: from the first twentieth to the last; standard
@@ -385,7 +385,7 @@ def gradual(found: dict) -> dict:
     return {"neighbours": d.diagonal(1).max().item(), "far": d.diagonal(len(d) // 2).mean().item()}
 
 
-# ------------------------------------------------ what a run ends with
+# ---- what a run ends with
 
 def measured(flags: Flags, given, N: int, device):
     """(name, Row) of N students in turn, and what else is asked for; N = 0: the teacher."""

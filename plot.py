@@ -88,7 +88,7 @@ def save(fig: plt.Figure, path: Path) -> Path:
     return path
 
 
-# ------------------------------------------------------------- curves
+# ---- curves
 
 def read_metrics(folder: Path) -> dict:
     """metrics.csv, of image students all of theirs -> {name: {student: (steps, values)}}."""
@@ -208,7 +208,7 @@ def feature_drift(found: dict) -> plt.Figure:
     return fig
 
 
-# --------------------------------------------- samples and distances
+# ---- samples and distances
 
 def image_panels(panels: dict, columns: int) -> plt.Figure:
     """Panels of images side by side: {title: x [N, C, H, W] uint8}, `columns` images wide each."""
@@ -311,7 +311,7 @@ def against_k(results: dict, rows: dict) -> plt.Figure:
     return claim("Number of students", "the more, the better?", numbers, distance(results, m), lines)
 
 
-# -------------------------------------------------------- the command
+# ---- the command
 
 def folder_of(out: Path, results: dict, tag: str, K, stage: str) -> Path:
     """Where students lie, of the first seed; by noise level the tags are o2mkd and o2mkd-TAG."""

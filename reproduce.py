@@ -29,7 +29,7 @@ from run import load_json, save_json, suffix, write_atomic
 CLAIMS_FILE = Path(__file__).parent / "docs/claims.txt"
 
 
-# ----------------------------------------------------------------- the claims, docs/claims.txt
+# ---- the claims, docs/claims.txt
 
 class Entry(NamedTuple):
     """One row: of run `run`, after `stage`, with K students."""
@@ -106,7 +106,7 @@ def folder(f: Flags) -> Path:
     return Path(f.out, "quick" if f.quick else "")
 
 
-# ----------------------------------------------------------------- runs
+# ---- runs
 
 class Job(NamedTuple):
     """A run of RUNS as a command, and what it has measured."""
@@ -165,7 +165,7 @@ def finished(name: str, jobs: dict[str, Job]) -> bool:
     return all(per_seed(e, jobs) for c in CLAIMS.values() for e in c.entries if e.run == name)
 
 
-# ---------------------------------------------------- numbers, verdicts
+# ---- numbers, verdicts
 
 def per_seed(entry: Entry, jobs: dict[str, Job]) -> list[dict]:
     """What was measured of an entry, seed by seed; [] if it is not there."""
@@ -212,7 +212,7 @@ def judge(comparisons: dict, numbers: dict[str, list[float]]) -> tuple[str, dict
     return text, found
 
 
-# ----------------------------------------------------------- the report
+# ---- the report
 
 HIDDEN = ("per_class", "per_class_mean", "seconds", "floor", "scan")  # what is measured, but is no column
 HEAD = """
@@ -292,7 +292,7 @@ def write(jobs: dict[str, Job], f: Flags) -> None:
     print(*lines, f"\nresults: {home}/RESULTS.md, docs/claims, docs/data/RESULTS.json", sep="\n")
 
 
-# ---------------------------------------------------------- the command
+# ---- the command
 
 @flags.command
 def main(argv=None):

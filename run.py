@@ -94,7 +94,7 @@ def start(flags: Flags) -> Ranks:
     return world(device(flags.device))
 
 
-# --------------------------------------------------------------- files
+# ---- files
 
 def write_atomic(path: Path, write) -> None:
     """`write(temporary_path)`, then rename: the file is old or new, never half. UserError if it can't be written."""
@@ -158,7 +158,7 @@ def bar(iterable, name: str, total: int | None, quiet: bool = False, **more):
     return tqdm(iterable, desc=name, total=total, mininterval=0.5, dynamic_ncols=True, **off, **more)
 
 
-# ------------------------------------------------------------- folders
+# ---- folders
 
 HELD: set[str] = set()  # folders that this process holds
 

@@ -30,7 +30,7 @@ from run import load_json, load_tensors, save_json, save_tensors
 ONE_STEP = ("post", "cd", "dm", "adm")  # stages that leave generators; the last one there is, is served
 
 
-# ---------------------------------------------------- networks in files
+# ---- networks in files
 
 @dataclass(frozen=True)
 class Network:
@@ -89,7 +89,7 @@ def one_of(network: Network, k: int) -> edm.Precond:
     return D.requires_grad_(False)
 
 
-# --------------------------------------------------------------- starts
+# ---- starts
 
 @dataclass(frozen=True)
 class Start:
@@ -151,7 +151,7 @@ def first_start(flags, s: Student, given) -> Student:
     return replace(s, start=start)
 
 
-# -------------------------------------------------------------- folders
+# ---- folders
 
 def tag_of(flags) -> str:
     """--tag; without one, of the size, partition and method."""
@@ -207,7 +207,7 @@ def imitated(flags, s: Student) -> Start:
     return start_from(stage_folder(flags, s.seed, s.K, "adm", split_name(flags.partition)), "best.pt", s.k, s.classes)
 
 
-# ------------------------------------------------ what a loop is handed
+# ---- what a loop is handed
 
 class Selection:
     """select(G) -> [M]: distances of each student's samples of its own classes from the reference's [MSD App. E].
@@ -296,7 +296,7 @@ class Task:
         return self.given[0].real().batch(self.draws, batch.step if at is None else at, batch.size, batch.part)
 
 
-# -------------------------------------------------------------- a stage
+# ---- a stage
 
 class Data(NamedTuple):
     """D, or a share D_k = F(D, Y_k). Indices only: the tensors are shared."""
@@ -376,7 +376,7 @@ def _train(stage, folders: dict, inputs: dict, flags, ranks: Ranks) -> None:
             save_tensors(folder / file, {**about, "net": rows_of(D, rows, len(students))})
 
 
-# -------------------------------------------------- of a finished stage
+# ---- of a finished stage
 
 @dataclass
 class Students:

@@ -116,7 +116,7 @@ def prepare(flags, ranks: Ranks, students_by_class: bool = True) -> dict[int, Gi
     return given
 
 
-# ------------------------------------------------------------- networks
+# ---- networks
 
 def _loaded(flags, facts: data.Facts) -> students.Network:
     """--teacher PATH. UserError if it is no teacher of this data, or none for --cfg."""
@@ -160,7 +160,7 @@ def _networks(flags, given: dict[int, Given], ranks: Ranks) -> None:
             _compare(given[s.seed].net, facts, s.seed, folder)
 
 
-# ----------------------------------------------- samples of the teacher
+# ---- samples of the teacher
 
 def make_pairs(teacher, z: Tensor, label: Tensor, steps: int, chunk: int = 8192) -> Tensor:
     """y [..., N, *shape]: where the teacher's ODE takes unit-variance latents z, of label [..., N] [MSD App. D.2.1]."""
@@ -219,7 +219,7 @@ def _references(flags, given: Given, ranks: Ranks) -> dict:
     return out
 
 
-# ------------------------------------------- against the exact denoiser
+# ---- against the exact denoiser
 
 @torch.no_grad()
 def error_by_level(D, exact, levels: Tensor, facts: data.Facts, seed: int, points: int = 20_000) -> Tensor:

@@ -179,7 +179,7 @@ def toy_net(students: int = 1, size: str | tuple = "B", embeddings: Tensor | Non
     return ToyNet(students, width, depth, embeddings=embeddings)
 
 
-# ----------------------------------------------------------- how good?
+# ---- how good?
 
 def histogram(x: Tensor, bins: int = BINS) -> Tensor:
     """Counts [bins^2 + 1] of all points of x [..., 2] in [-EXTENT, EXTENT]^2, and in a last bin for those outside.
