@@ -7,6 +7,7 @@ Not here: run folders and checkpoints (run.py).
 import copy
 import hashlib
 import math
+import operator
 import os
 import time
 from dataclasses import dataclass, field, replace
@@ -109,7 +110,7 @@ class Batch:
 
 def latents(seeds, shape) -> Tensor:
     """Unit-variance latents [len(seeds), *shape]: each a function of its own seed alone."""
-    return torch.stack([torch.randn(shape, generator=generator("latent", int(s))) for s in seeds])
+    return torch.stack([torch.randn(shape, generator=generator("latent", operator.index(s))) for s in seeds])
 
 
 # ---- ranks

@@ -358,6 +358,7 @@ def compare(out: Path, names: list[str]) -> list[str]:
         path = out / f"results{run.suffix('' if tag == 'none' else tag)}.json"
         results = run.load_json(path, "seeds", "samples", "metric", "students", "stages")
         rows = results["stages"].get(stage, {}) if stage else results["students"]
+        name = name if stage or "method" in results else f"{name}/{list(results['stages'])[-1]}"
         found.append((name, results, {K: dict(zip(results["seeds"], row["per_seed"])) for K, row in rows.items()}))
     (first, mine, a), *others = found
     for name, theirs, b in others:
@@ -380,6 +381,8 @@ def main(argv=None):
     parser.add_argument("run", type=Path, help="the run folder")
     parser.add_argument("--compare", nargs="+", metavar="TAG", required=True, help="the first with each of the others")
     given = parser.parse_args(argv)
+    if len(given.compare) < 2:
+        parser.error("--compare: two tags or more; none is the run without one")
     print(*compare(given.run, given.compare), sep="\n")
 
 

@@ -79,6 +79,8 @@ def facts_of(f: Flags) -> data.Facts:
 
 
 CONFLICTS = [  # (is it so?, what to say), for flags.check
+    (lambda f: not Path(f.init).is_file() and f.init.split("-")[0] not in ("", "teacher", "random", "tsm", *ONE_STEP),
+     "--init {f.init}: no such file, and none of teacher, random, tsm, dm, adm, post, cd (with -TAG)"),
     (lambda f: max(f.students) > facts_of(f).classes, "--students {f.students}: more than the dataset has classes"),
     (lambda f: f.method == "cd" and "cd" not in f.order(), "--method cd: needs --stages cd or tsm,cd"),
     (lambda f: f.student >= (0 if facts_of(f).stacked else max(f.students)),
@@ -261,9 +263,11 @@ def generate(folder, label: Tensor, seeds) -> Tensor:
     """One-step samples x [B, *shape] of the classes (or embeddings) label [B], from B seeds.
 
     folder: runs/toy/seed0/students8, or Students."""
+    label = torch.as_tensor(label)
     students = (folder if isinstance(folder, Students) else load_students(folder)).to(label.device)
-    if len(seeds) != len(label):
-        raise UserError(f"generate: {len(label)} labels, but {len(seeds)} seeds")
+    if label.dtype == torch.bool or label.ndim != 1 + label.is_floating_point() or not 0 < len(label) == len(seeds):
+        raise UserError(f"generate: labels {list(label.shape)} and {len(seeds)} seeds; one of each for a sample")
+    label = label if label.is_floating_point() else label.long()
     z = common.latents(seeds, students.facts.shape).to(label.device)
     return route(students, router_of(students), z, label)
 
@@ -359,8 +363,9 @@ def plan(flags: Flags) -> int:
     for K in flags.students:
         ranks = "one stack on all ranks" if facts.stacked else f"{K} ranks: one a student; fewer: in turn"
         print(f"K = {K}: {K * s:,} parameters, of which a sample uses {s:,}; {ranks}")
-        if flags.partition == "consecutive":
-            print("  classes", " | ".join(f"{Y_k[0]}-{Y_k[-1]}" for Y_k in partition(facts.classes, K)))
+        if flags.partition not in ("kmeans", "quadrant"):
+            parts = partition(facts.classes, K, flags.partition)
+            print("  classes", " | ".join(f"{Y_k[0]}-{Y_k[-1]}" for Y_k in parts))
     held = t + 6 * s + 4 * fake  # with averages, gradients, AdamW's moments
     print(f"a student's rank holds {held * 4 / 2 ** 30:.2f} GiB in float32, without activations")
     cost = edm.evaluations(flags.teacher.sampler_steps)
@@ -369,8 +374,10 @@ def plan(flags: Flags) -> int:
 
 
 def divide(flags: Flags, ranks: common.Ranks) -> None:
-    """Do ranks and batches divide? Said now, not after the teacher. UserError if not."""
+    """Do ranks, batches and classes divide? Said now, not after the teacher. UserError if not."""
     for K in flags.students:
+        if flags.partition not in ("kmeans", "quadrant"):  # those want the teacher's embeddings
+            partition(facts_of(flags).classes, K, flags.partition, seed=flags.run.seed)
         own = ranks if facts_of(flags).stacked or flags.student >= 0 else ranks.split(K)[1]
         for stage, _ in stages_of(flags):
             own.parts(stage.length(flags)[1], flags.run.micro_batch)

@@ -123,7 +123,7 @@ def load_json(path: Path, *keys: str) -> dict:
     except ValueError:
         value = None
     if not isinstance(value, dict) or not {*keys} <= value.keys():
-        raise UserError(f"{path}: damaged; delete it")
+        raise UserError(f"{path}: damaged; delete it (config.json: its folder), and run the same command again")
     return value
 
 

@@ -46,7 +46,7 @@ class Flags:
     classes: list[int] = flag([], "classes, used in turn; none = all")
     seeds: str = flag("0-999", "one sample each: 0-63 or 3,14,15", pattern=r"\d+(-\d+)?(,\d+(-\d+)?)*")
     sampler: str = flag("heun", "the multi-step sampler: heun, or ddim of first order", choices=tuple(edm.SAMPLERS))
-    steps: int = flag(0, "its steps; 0 = as in the run", low=2)
+    steps: int = flag(0, "its steps; none = as in the run", low=2)
     S_churn: float = flag(0.0, "its stochasticity [EDM Alg. 2]; 0 = deterministic", low=0)
     out: str = flag("samples", "OUT.npz, OUT.png")
     folders: bool = flag(False, "images: also PNG files by seed, OUT-WHO/000000.png")
@@ -106,10 +106,6 @@ def main(argv=None):
     if one_step:
         made["students"] = msd.sampled(one_step, msd.router_of(one_step), z, label, device)
         cost["students"] = 1
-    for who, n in cost.items():
-        print(f"{who:>8}: {len(seeds)} samples, {n} function evaluation{'s' * (n > 1)} per sample")
-    if len(cost) == 2:
-        print(f"   ratio: {cost['teacher'] / cost['students']:g} times fewer evaluations")
     label = label.cpu().numpy()
     if facts.stacked:
         paths = [save_npz(f"{flags.out}.npz", {"label": label, "seed": np.array(seeds), **made})]
@@ -119,7 +115,12 @@ def main(argv=None):
         for who, x in made.items():
             paths += write_images(f"{flags.out}-{who}", x, label, seeds, flags.folders)
         picture = plot.image_panels({who: x[:columns * columns] for who, x in made.items()}, columns)
-    print("written:", *paths, plot.save(picture, Path(f"{flags.out}.png")))
+    paths.append(plot.save(picture, Path(f"{flags.out}.png")))
+    for who, n in cost.items():
+        print(f"{who:>8}: {len(seeds)} samples, {n} function evaluation{'s' * (n > 1)} per sample")
+    if len({*cost.values()}) == 2:
+        print(f"   ratio: {cost['teacher'] / cost['students']:g} times fewer evaluations")
+    print(f"   from: {one_step.files[0].parent if one_step else home}\nwritten:", *paths)
 
 
 def write_images(name: str, x: Tensor, label: np.ndarray, seeds: list[int], folders: bool) -> list[Path]:

@@ -404,7 +404,8 @@ def load_students(folder, file: str = "best.pt") -> Students:
     folder = next((folder / stage for stage in reversed(ONE_STEP) if list((folder / stage).glob(f"**/{file}"))), folder)
     if not list(folder.glob("student[0-9]*")):
         found = load_network(folder / file)
-        return Students(found.facts, [torch.tensor(p) for p in found.parts or ()], found.net, [], found.seconds)
+        parts = [torch.tensor(p) for p in found.parts or ()]
+        return Students(found.facts, parts, found.net, [folder / file], found.seconds)
     about = load_json(folder / "student0" / "config.json", "students", "dataset")
     homes = [folder / f"student{k}" for k in range(about["students"])]
     seconds = sum(load_json(home / "done.json", "seconds")["seconds"] for home in homes)

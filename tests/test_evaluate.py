@@ -311,7 +311,7 @@ def variants(tmp_path):
 def test_compare_k_by_k(variants, capsys):
     evaluate.main([str(variants), "--compare", "none", "reg", "none/dm"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(",")[1] for line in lines] == [" none below reg"] * 2 + [" none below none/dm"] * 2
+    assert [line.split(",")[1] for line in lines] == [" none/adm below reg/dm"] * 2 + [" none/adm below none/dm"] * 2
     assert "to the teacher?: 0.2000 against 0.4000" in lines[0] and "to the data?: 1.2000 against 1.4000" in lines[1]
     evaluate.main([str(variants), "--compare", "none/dm", "o2mkd"])
     assert "K = 8, none/dm below o2mkd, to the teacher?: 0.3000 against 0.6000" in capsys.readouterr().out

@@ -81,7 +81,7 @@ def test_commands_end_in_one_line(capsys, tmp_path):
 FASHION = "--dataset fashion-mnist"
 TEACHER = ["--cfg 2", f"--teacher exact {FASHION}", "--eval-samples 15"]
 CONFLICTS = {
-    msd: ["--students 9", "--method cd --stages adm", "--student 0", "--student-size XS", "--init dm --stages tsm",
+    msd: ["--init nowhere", "--students 9", "--method cd --stages adm", "--student 0", "--student-size XS", "--init dm --stages tsm",
           "--dm-weight 0 --reg-weight 0", "--fake-bins 0 100", "--reg-warmup 3000", "--distance lpips",
           f"{FASHION} --select-samples 19", *TEACHER],
     o2mkd: ["--ranges 3", "--kd attention --cfg 2 --label-dropout 0.1", *TEACHER],
