@@ -11,8 +11,8 @@ updates per update of G (TTUR). No pairs, no regression.
   head: 4 x 4 convolutions, group norm, SiLU                    [MSD App. D.2.1]       Head, Critic
 
 G starts from each student's best DM checkpoint; its best ADM checkpoint is the nearest to real data, on draws that are
-not reported. The fake denoiser starts again as the teacher, as the paper found better. `--gan-weight 0`: DM
-continued, the control. Not here: F_ADM (msd.py).
+not reported. The fake denoiser starts again as the teacher, as the paper found better. `--gan-weight 0`:
+the KL term alone, no regression: the control. Not here: F_ADM (msd.py).
 
 What is healthy (gan.png): the distance falls; the critic is right on a little more than half; its loss stays a little
 below 2 log 2, G's a little above log 2, both flat. Near 1.0 on both: G is losing. At 0.5 throughout: the head learns
@@ -59,9 +59,9 @@ class Flags:
     lr: float = flag(5e-4, "learning rate of G (AdamW)", low=0)
     fake_lr: float = flag(5e-3, "learning rate of the fake denoiser and the head", low=0)
     ttur: int = flag(2, "updates of the fake denoiser and the head per update of G", low=1)
-    gan_weight: float = flag(0.03, "weight of the GAN loss in G's; 0 = no GAN at all: DM continued", low=0,
+    gan_weight: float = flag(0.03, "weight of the GAN loss in G's loss; 0 = no GAN: the KL term alone", low=0,
                              name="gan_weight")
-    critic_weight: float = flag(1.0, "weight of the GAN loss in the fake denoiser's", low=1e-12, name="critic_weight")
+    critic_weight: float = flag(1.0, "weight of the GAN loss in the critic's loss", low=1e-12, name="critic_weight")
     gan_bins: Bins = flag(Bins(0, 100), "lowest and highest noise bin of what the head sees, of 1000", name="gan_bins")
 
 

@@ -23,7 +23,7 @@ Departures from the paper, on the toy (`--preset paper`: App. D.1's numbers; whe
  7. An average of G's weights is kept, at the best of several evaluations on latents that are not reported [App. E].
  8. 3 000 updates at 1e-2 and 5e-3 that decay linearly, not 200 000 at 1e-7.
 On the small images (fashion-mnist): 1, 5, 7, larger learning rates that decay linearly, and the RMS distance for LPIPS,
-which costs a hundred times the network; w_t, bins, pairs and the weight 0.25 are the paper's.
+which costs a hundred times the network; w_t and the weight 0.25 are the paper's, the KL term's bins DMD's.
 
 Run      python dmd.py --dataset toy
 Many GPUs    torchrun --nproc-per-node 8 dmd.py --dataset imagenet64 --teacher edm-imagenet-64x64-cond-adm.pkl
@@ -54,7 +54,7 @@ class Flags:
     lr: float = flag(1e-2, "learning rate of G (AdamW) with the KL term", low=0)
     reg_lr: float = flag(1e-2, "learning rate of G while it trains by regression alone", low=0)
     fake_lr: float = flag(5e-3, "learning rate of the fake denoiser", low=0)
-    beta1: float = flag(0.5, "AdamW's first beta, of both: momentum makes the pair of them overshoot", low=0, below=1)
+    beta1: float = flag(0.5, "AdamW's first beta, of G and mu_fake: 0.9 makes them oscillate", low=0, below=1)
     beta2: float = flag(0.99, "AdamW's second beta", low=0, below=1)
     decay: str = flag("linear", "schedule of both learning rates", choices=("linear", "cosine", "constant"))
     warmup: int = flag(100, "warm-up updates, at the start and again when the KL term sets in", low=0)
@@ -68,13 +68,13 @@ class Flags:
     draws: int = flag(4, "noise draws per generated sample in the KL term", low=1)
     bins: Bins = flag(Bins(0, 450), "lowest and highest noise bin of the KL term, of 1000")
     fake_bins: Bins = flag(Bins(0, 450), "lowest and highest noise bin of the fake denoiser's training")
-    normaliser: str = flag("c_out", "w_t of the KL gradient", choices=("mean_abs", "c_out"))
+    normaliser: str = flag("c_out", "divisor of mu_fake - mu_real in the KL term", choices=("mean_abs", "c_out"))
     distance: str = flag("l2", "l of the regression and of CD: root mean square, mean square, or LPIPS (VGG)",
                          choices=("l2", "mse", "lpips"))
     filter_pairs: bool = flag(False, "keep only the pairs of a student's own classes: what App. B.4 rejects")
     pairs: int = flag(64_000, "pairs (z, y) from the teacher's ODE, a fixed set", low=1)
     select_samples: int = flag(16_000, "samples per student of each evaluation that chooses best.pt", low=8)
-    eval_every: int = flag(250, "updates between these evaluations", low=1)
+    eval_every: int = flag(250, "updates between the evaluations that choose best.pt", low=1)
 
 
 # DMD, where the paper is silent: 1:1, bins 20 to 980 for the KL term and all for mu_fake, warm-up, no EMA
@@ -100,7 +100,7 @@ PRESETS = {
                                  pairs=100_000, select_samples=10_000, eval_every=5000),
     ("cifar10", "smoke"): dict(steps=3, batch=2, reg_warmup=1, fake_warmup=1, warmup=1, pairs=20, eval_every=3,
                                select_samples=20),
-    # [MSD App. D.2.1]; batches of smaller students: D.2.2 (S), B.6 (XS, XXS)
+    # [MSD App. D.2.1]; batches of smaller students: D.2.2
     ("imagenet64", "default"): dict(DMD, steps=200_000, batch=128, lr=2e-6, reg_lr=2e-6, fake_lr=2e-6, distance="lpips",
                                     pairs=10_000, select_samples=10_000, eval_every=5000),
     ("imagenet64", "default", "S"): dict(batch=160),
@@ -137,13 +137,13 @@ def kl_gradient(x: Tensor, label: Tensor, sigma: Tensor, noise: Tensor, teacher,
     sigma, noise = sigma.flatten(1), noise.flatten(1, 2)
     x, label = x.repeat_interleave(n, 1), label.repeat_interleave(n, 1)  # [M, b n, *shape]
     x_t = x + edm.like(sigma, x) * noise
-    mu_real, fake = teacher(x_t, sigma, label), mu_fake(x_t, sigma, label)
-    grad = dm_gradient(x, mu_real, fake, sigma, normaliser)
-    return grad.unflatten(1, (b, n)).mean(2), edm.per_sample((fake - mu_real).abs()).mean(-1)
+    D_real, D_fake = teacher(x_t, sigma, label), mu_fake(x_t, sigma, label)
+    grad = dm_gradient(x, D_real, D_fake, sigma, normaliser)
+    return grad.unflatten(1, (b, n)).mean(2), edm.per_sample((D_fake - D_real).abs()).mean(-1)
 
 
 def dm_loss(x: Tensor, grad: Tensor) -> Tensor:
-    """Surrogate [...] of the KL divergence: its gradient in x [..., *shape] is grad / elements of x [MSD Eq. 6].
+    """Surrogate [...] of the KL divergence: its gradient in x is grad / elements of one sample [MSD Eq. 6].
 
     Half the mean square of x - stop(x - grad): the value means nothing, the derivative is all."""
     return 0.5 * edm.per_sample((x - (x - grad).detach()) ** 2)
@@ -218,7 +218,7 @@ def first_kl_step(f: Flags) -> int:
 def schedule(f: Flags, step: int) -> tuple[bool, float, float, int]:
     """Of an update: is the KL term on? learning rates of G and of mu_fake; turns of mu_fake.
 
-    First regression alone, then a head start for mu_fake, then both; each phase with its own warm-up and decay."""
+    First regression alone, its last update with mu_fake's head start; then both, with a new warm-up and decay."""
     first = first_kl_step(f)
     kl = step >= first
     begin, end = (first, f.steps) if kl else (0, first)
@@ -273,7 +273,7 @@ def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
             opt_fake.step(step, fake_lr)
 
         if (step + 1) % 50 == 0:
-            bands = edm.by_band(fake_losses, sigma, "fake loss")    # of the last micro-batch, as all that is logged
+            bands = edm.by_band(fake_losses, sigma, "fake loss")    # of the last micro-batch, as all logs
             run.log(step + 1, regression=regression, gap=gap, **bands)
         if (step + 1) % f.eval_every == 0 or step + 1 == f.steps:
             average.choose(run, step + 1)                           # each student by its own classes [MSD App. E]

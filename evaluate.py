@@ -288,8 +288,9 @@ def table(results: dict) -> str:
     wide = [max(map(len, column)) for column in text]
     out = ["  ".join(f"{cell:>{w}}" for cell, w in zip(line, wide)) for line in zip(*text)]
     floor = plot.short(results["floor_data"])
-    out.append(f"{m}: {results['title']}, to the teacher's samples, of the teacher two draws; {m}_data: to the data, "
-               f"two draws of it (images: training, test) {floor}; {len(results['seeds'])} seeds")
+    what = m if results["title"] == m else f"{m}, {results['title']},"
+    out.append(f"{what} to the teacher's samples (own: two draws); {m}_data: to the data, two draws of which "
+               f"differ by {floor}; {len(results['seeds'])} seed(s)")
     return "\n".join(out)
 
 

@@ -80,11 +80,11 @@ def facts_of(f: Flags) -> data.Facts:
 
 CONFLICTS = [  # (is it so?, what to say), for flags.check
     (lambda f: not Path(f.init).is_file() and f.init.split("-")[0] not in ("", "teacher", "random", "tsm", *ONE_STEP),
-     "--init {f.init}: no such file, and none of teacher, random, tsm, dm, adm, post, cd (with -TAG)"),
+     "--init {f.init}: no such file, and none of teacher, random, tsm, dm, adm, post, cd (these four with -TAG)"),
     (lambda f: max(f.students) > facts_of(f).classes, "--students {f.students}: more than the dataset has classes"),
     (lambda f: f.method == "cd" and "cd" not in f.order(), "--method cd: needs --stages cd or tsm,cd"),
     (lambda f: f.student >= (0 if facts_of(f).stacked else max(f.students)),
-     "--student {f.student}: numbered from 0; the toy's train together"),
+     "--student {f.student}: from 0 to K - 1; not on the toy, whose students train as one stack"),
     (lambda f: f.student_size not in ("", f.teacher.size or facts_of(f).sizes[0]) and
                (f.init == "teacher" or not f.init and f.order()[0] in ("dm", "cd")),
      "--student-size {f.student_size}: the teacher's weights do not fit; begin with tsm"),
@@ -364,8 +364,8 @@ def plan(flags: Flags) -> int:
         ranks = "one stack on all ranks" if facts.stacked else f"{K} ranks: one a student; fewer: in turn"
         print(f"K = {K}: {K * s:,} parameters, of which a sample uses {s:,}; {ranks}")
         if flags.partition not in ("kmeans", "quadrant"):
-            parts = partition(facts.classes, K, flags.partition)
-            print("  classes", " | ".join(f"{Y_k[0]}-{Y_k[-1]}" for Y_k in parts))
+            parts = partition(facts.classes, K, flags.partition, seed=flags.run.seed)
+            print("  lowest to highest class of each", " | ".join(f"{Y_k[0]}-{Y_k[-1]}" for Y_k in parts))
     held = t + 6 * s + 4 * fake  # with averages, gradients, AdamW's moments
     print(f"a student's rank holds {held * 4 / 2 ** 30:.2f} GiB in float32, without activations")
     cost = edm.evaluations(flags.teacher.sampler_steps)

@@ -14,8 +14,8 @@ Departures from the paper, whose formulas and most numbers are not in its text
  1. Timesteps are edm.sigma_bins, losses EDM's, samplers Heun's and its first order, DDIM; networks know the class.
     p, lambda and N were chosen on the toy's seed 0, one of the five reported.
  2. Small students start from random weights, alike within a seed: which of the teacher's to keep is not said.
- 3. Features are the bottleneck's. Contrastive KD: the batch for a memory bank. Attention: the norm squared; ToyNet's
-    units for positions. Narrow U-Nets may lose attention.
+ 3. Features are the bottleneck's. Contrastive KD compares with the batch, not a memory bank. Attention KD: the norm is
+    squared; ToyNet's units are its positions. Narrow U-Nets may have no self-attention.
 
 Run      python o2mkd.py --dataset toy --students 1 4 --merge
 GPUs     torchrun --nproc-per-node 4 o2mkd.py --dataset imagenet64 --students 4
@@ -59,12 +59,12 @@ class Flags:
     run: run.Flags
     teacher: edm.Flags
     students: list[int] = flag([4], "numbers of students N", low=1)
-    ranges: int = flag(0, "noise ranges R, of each of N / R blocks of classes; 0 = N", low=0)
-    scheme: str = flag("uniform", "uniform; small or large: more students there; or bins: 0-99,100-999")
+    ranges: int = flag(0, "noise ranges R; the classes are cut into N / R blocks, R students each; 0 = N", low=0)
+    scheme: str = flag("uniform", "uniform; small, large: more students at that noise; or bins: 0-99,100-999")
     p: float = flag(0.75, "chance that an update's sigma are of the own range", low=0, below=1 + 1e-9)
     kd: str = flag("prediction", "what is distilled", choices=tuple(LAMBDA))
-    kd_weight: float = flag(-1.0, "lambda, weight of KD; 0 = none; -1 = LAMBDA's", low=-1)
-    keep: float = flag(0.5, "share of the teacher's channels that students keep", low=0)
+    kd_weight: float = flag(-1.0, "lambda, weight of KD; 0 = none; -1 = this KD's own", low=-1)
+    keep: float = flag(0.5, "width of the students, as a share of the teacher's channels", low=0)
     student_size: str = flag("", "their size by name, in the place of --keep", choices=("", "B", "S", "XS", "XXS"))
     init: str = flag("", "start from o2mkd1 or o2mkd1-TAG, one student for all levels; none = the teacher's weights "
                          "or random ones", pattern=r"(o2mkd1(-[\w.-]+)?)?")
@@ -75,7 +75,7 @@ class Flags:
     ema: float = flag(0.998, "decay of the average of the weights", low=0, below=1)
     sampler: str = flag("heun", "of teacher and students in the table", choices=tuple(edm.SAMPLERS))
     merge: bool = flag(False, "also the students merged into one")
-    inspect: int = flag(-1, "also student k alone, and with the teacher outside its range", low=-1)
+    inspect: int = flag(-1, "also student k alone, and k in its range with the teacher elsewhere", low=-1)
     curve: list[int] = flag([], "also these numbers of steps, by both samplers", low=2)
 
     @property

@@ -125,10 +125,10 @@ def main(argv=None):
 
 def write_images(name: str, x: Tensor, label: np.ndarray, seeds: list[int], folders: bool) -> list[Path]:
     """x [N, C, H, W] into NAME.npz; folders: also into NAME/SEED.png."""
-    rows, folder = x.permute(0, 2, 3, 1).numpy(), Path(name)                                    # [N, H, W, C]
+    rows, folder = x.permute(0, 2, 3, 1).numpy(), Path(name)  # [N, H, W, C]
     paths = [save_npz(f"{name}.npz", {"arr_0": rows, "arr_1": label, "seed": np.array(seeds)})]
     if folders:
-        for old in folder.glob("[0-9]*.png"):                       # of another call: fid.py would measure both as one
+        for old in folder.glob("[0-9]*.png"):  # of another call: fid.py would measure both as one
             old.unlink()
         for row, seed in zip(rows, seeds):
             image = Image.fromarray(row[..., 0] if row.shape[-1] == 1 else row)
@@ -140,7 +140,7 @@ def write_images(name: str, x: Tensor, label: np.ndarray, seeds: list[int], fold
 def save_npz(path: str, arrays: dict) -> Path:
     """Atomically."""
     def write(temporary: Path):
-        with open(temporary, "wb") as f:                            # given a name, numpy would append .npz to it
+        with open(temporary, "wb") as f:  # given a name, numpy would append .npz to it
             np.savez(f, **arrays)
     run.write_atomic(Path(path), write)
     return Path(path)

@@ -292,7 +292,7 @@ class Task:
         return z, of("y").to(z.dtype), of("label")
 
     def real(self, batch, at: int | None = None) -> tuple[Tensor, Tensor]:
-        """Real data x [M, b, *shape] and labels [M, b], of D_k's classes; at: another step's."""
+        """Real data x [M, b, *shape] and labels [M, b], of D_k's classes; at: number of the draw, if not the step."""
         return self.given[0].real().batch(self.draws, batch.step if at is None else at, batch.size, batch.part)
 
 
@@ -366,14 +366,14 @@ def _train(stage, folders: dict, inputs: dict, flags, ranks: Ranks) -> None:
     training = run.Run(stage.NAME, students, slices, *stage.length(flags), facts.shape, flags.run.save_every,
                        flags.run.micro_batch, ranks, title)
     kept = stage.train(training, flags, Task(stage, students, shares, inputs, flags, ranks))
-    for folder, rows in slices.items() if training.main else ():
+    for folder, slots in slices.items() if training.main else ():
         seconds = {"seconds": training.seconds()}
         about = {"dataset": facts.name, "resolution": facts.resolution, "size": first.start.size, **seconds}
-        about |= {} if stage is edm else {"partition": [s.classes for s in students[rows]]}
+        about |= {} if stage is edm else {"partition": [s.classes for s in students[slots]]}
         save_json(folder / "done.json", seconds)
-        for file, D in kept.items():
-            about |= {"sigma_min": D.sigma_min} if D.sigma_min else {}
-            save_tensors(folder / file, {**about, "net": rows_of(D, rows, len(students))})
+        for file, net in kept.items():
+            about |= {"sigma_min": net.sigma_min} if net.sigma_min else {}
+            save_tensors(folder / file, {**about, "net": rows_of(net, slots, len(students))})
 
 
 # ---- of a finished stage

@@ -314,7 +314,7 @@ def test_compare_k_by_k(variants, capsys):
     assert [line.split(",")[1] for line in lines] == [" none/adm below reg/dm"] * 2 + [" none/adm below none/dm"] * 2
     assert "to the teacher?: 0.2000 against 0.4000" in lines[0] and "to the data?: 1.2000 against 1.4000" in lines[1]
     evaluate.main([str(variants), "--compare", "none/dm", "o2mkd"])
-    assert "K = 8, none/dm below o2mkd, to the teacher?: 0.3000 against 0.6000" in capsys.readouterr().out
+    assert "K = 8, none/dm below o2mkd/o2mkd, to the teacher?: 0.3000 against 0.6000" in capsys.readouterr().out
 
 
 def test_compare_takes_the_seeds_that_both_have(variants, capsys):
