@@ -289,8 +289,8 @@ def table(results: dict) -> str:
     out = ["  ".join(f"{cell:>{w}}" for cell, w in zip(line, wide)) for line in zip(*text)]
     floor = plot.short(results["floor_data"])
     what = m if results["title"] == m else f"{m}, {results['title']},"
-    out.append(f"{what} to the teacher's samples (own: two draws); {m}_data: to the data, two draws of which "
-               f"differ by {floor}; {len(results['seeds'])} seed(s)")
+    out.append(f"{what} to the teacher's samples (its own: two draws); {m}_data: to the data (two draws: {floor}); "
+               f"{len(results['seeds'])} seed(s)")
     return "\n".join(out)
 
 

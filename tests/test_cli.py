@@ -189,7 +189,7 @@ def test_commands_that_are_printed(line, run, image_run, small, tiny, tmp_path, 
     elif "--compare" in argv:
         argv = [home, "--compare", "none", "XXS/dm"]
     else:
-        argv = [w.replace("students5", "students3") for w in argv]
+        argv = [w.replace("students5", "students3").replace("students8", "students3") for w in argv]
         argv += {"sample.py": [*K, "--seeds", "0-9"], "tests/benchmark.py": ["--quick"]}.get(script, [])
     if line.startswith("torchrun"):
         assert all(code == 0 for code, _ in launch(2, *argv))
