@@ -159,30 +159,30 @@ def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
     task.teacher: denoiser, frozen, whose ODE is followed; task.real: D_real of Y_k."""
     cd, dm, f = flags.cd, flags.dm, student_of(task.G)
     f_minus = copy.deepcopy(f).requires_grad_(False)
-    average = Average(f, cd.ema, task.select)                       # of f's weights; of each student the best, too
+    average = Average(f, cd.ema, task.select)  # of f's weights; of each student the best, too
     opt = AdamW(f, run, (0.9, cd.beta2), dm.clip_norm)
     state = dict(f=f, target=f_minus, **average.state(), optimizer=opt)
 
-    grid = edm.sigma_bins(cd.points).float().to(run.ranks.device)                               # [N], ascending
+    grid = edm.sigma_bins(cd.points).float().to(run.ranks.device)  # [N], ascending
     law = level_law(edm.sigma_bins(cd.points), cd.focus)
     law = law.to(grid.device, torch.float32 if grid.device.type == "mps" else torch.float64)
 
     def solve(x: Tensor, t: Tensor, t_next: Tensor, label: Tensor) -> Tensor:
         return heun_step(task.teacher, x, t, t_next, label)
     for step in run.steps(state):
-        for batch in run.batches(step):                             # one, unless ranks or --micro-batch ask for more
-            x, label = task.real(batch)                             # [M, b, *shape], of Y_k
-            i = draw_level(batch.uniform("level"), law, highest(step, cd))                      # [M, b], 0 … N - 2
+        for batch in run.batches(step):  # one, unless ranks or --micro-batch ask for more
+            x, label = task.real(batch)  # [M, b, *shape], of Y_k
+            i = draw_level(batch.uniform("level"), law, highest(step, cd))  # [M, b], 0 … N - 2
             t, t_next, noise = grid[i + 1], grid[i], batch.normal("noise")
             losses = consistency_loss(f, f_minus, solve, x, label, t, t_next, noise, task.distance)
             opt.backward(losses)
         loss = opt.step(step, learning_rate(cd.lr, step, cd.steps, dm.warmup, cd.decay))
-        ema_update(f_minus, f, cd.target, step)                     # the target follows f
+        ema_update(f_minus, f, cd.target, step)  # the target follows f
         average.update(step)
         if (step + 1) % 50 == 0:
             run.log(step + 1, loss=loss, **edm.by_band(losses, t, "consistency loss"))
         if (step + 1) % dm.eval_every == 0 or step + 1 == cd.steps:
-            average.choose(run, step + 1)                           # each student by its own classes [MSD App. E]
+            average.choose(run, step + 1)  # each student by its own classes [MSD App. E]
         run.save(step + 1, state)
     return {"best.pt": average.best, "ema.pt": average.now}
 

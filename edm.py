@@ -245,8 +245,8 @@ def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
     average, opt = Average(D, f.ema), AdamW(D, run)
     state = dict(D=D, **average.state(), optimizer=opt)
     for step in run.steps(state):
-        for batch in run.batches(step):                             # one, unless ranks or --micro-batch ask for more
-            x, label = task.real(batch)                                                         # [M, b, *shape], [M, b]
+        for batch in run.batches(step):  # one, unless ranks or --micro-batch ask for more
+            x, label = task.real(batch)  # [M, b, *shape], [M, b]
             sigma, noise = draw_sigma(batch, f), batch.normal("noise")
             for rows, y in dropped(batch, label, f.label_dropout):
                 opt.backward(denoising_loss(D, x[:, rows], y, sigma[:, rows], noise[:, rows]))  # [EDM Eq. 2]

@@ -392,7 +392,7 @@ def main(argv=None) -> int:
     check(flags, CONFLICTS)
     if flags.run.dry_run:
         return plan(flags)
-    ranks = run.start(flags.run)  # torchrun's
+    ranks = run.start(flags.run)  # torchrun's, or this process alone
     divide(flags, ranks)
     if ranks.rank == 0:
         print(f"{title(flags)}, on {ranks.device}", flush=True)

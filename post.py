@@ -30,11 +30,11 @@ def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
     average, opt_G = Average(G, f.ema, task.select), AdamW(G, run, (f.beta1, f.beta2), f.clip_norm)
     state = dict(G=G, **average.state(), opt_G=opt_G)
     for step in run.steps(state):
-        for batch in run.batches(step):                             # one, unless ranks or --micro-batch ask for more
-            label, z = batch.label(), batch.normal("z")                                         # [M, b], [M, b, *shape]
+        for batch in run.batches(step):  # one, unless ranks or --micro-batch ask for more
+            label, z = batch.label(), batch.normal("z")  # [M, b], [M, b, *shape]
             with torch.no_grad():
                 y = one_step(task.imitated, z, label)
-            opt_G.backward(regression_loss(one_step(G, z, label), y, task.distance))            # [MSD Eq. 9]
+            opt_G.backward(regression_loss(one_step(G, z, label), y, task.distance))  # [MSD Eq. 9]
         loss = opt_G.step(step, learning_rate(f.reg_lr, step, steps, f.warmup, f.decay))
         average.update(step)
         if (step + 1) % 50 == 0:

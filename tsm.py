@@ -79,10 +79,10 @@ def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
     average, opt = Average(D, f.ema), AdamW(D, run)
     state = dict(D=D, **average.state(), optimizer=opt)
     for step in run.steps(state):
-        for batch in run.batches(step):                             # one, unless ranks or --micro-batch ask for more
-            x, label = task.real(batch)                                                         # [M, b, *shape], [M, b]
-            sigma = edm.draw_sigma(batch, flags.teacher)                                        # [M, b]
-            losses = tsm_loss(D, task.teacher, x, label, sigma, batch.normal("noise"))          # [MSD Eq. 3]
+        for batch in run.batches(step):  # one, unless ranks or --micro-batch ask for more
+            x, label = task.real(batch)  # [M, b, *shape], [M, b]
+            sigma = edm.draw_sigma(batch, flags.teacher)  # [M, b]
+            losses = tsm_loss(D, task.teacher, x, label, sigma, batch.normal("noise"))  # [MSD Eq. 3]
             opt.backward(losses)
         loss = opt.step(step, learning_rate(f.lr, step, f.steps, edm.WARMUP, flags.teacher.decay))
         average.update(step)
