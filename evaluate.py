@@ -205,7 +205,7 @@ def multiply_adds(denoise: Callable, facts: data.Facts, device="cpu") -> int:
 # ---- results.json
 
 STAGES = ("post", "cd", "dm", "adm", "o2mkd")  # the last of these is "students"; merged, heun-20 … stand beside
-COLUMNS = ("{}", "{}_sd", "{}_data", "{}_data_sd", "within", "modes", "mode_min", "mode_max", "right class", "seconds",
+COLUMNS = ("{}", "{}_sd", "{}_data", "{}_data_sd", "within", "modes", "mode_min", "mode_max", "right class", "seconds", "teraflops",
            "parameters", "multiply_adds")
 
 
@@ -305,26 +305,31 @@ def report(path: Path, results: dict, lines: list[str]) -> None:
 
 # ---- verdicts
 
-T = {2: 6.314, 3: 2.920, 4: 2.353, 5: 2.132, 6: 2.015, 7: 1.943, 8: 1.895, 9: 1.860, 10: 1.833}  # t(0.95, n - 1)
-
-
 def verdict(a: list[float], b: list[float]) -> dict:
-    """Is a below b, paired by seed? Holds if the mean of b - a exceeds t(0.95, n - 1) standard errors."""
+    """Is a below b, paired by seed? Holds if a one-sided t test of b - a gives p <= 0.05."""
     difference = [y - x for x, y in zip(a, b, strict=True)]
-    n = len(difference)
-    mean = sum(difference) / n
+    n, mean = len(difference), sum(difference) / len(difference)
+    from scipy.special import stdtr  # slow to import, and only here
     if n == 1:
-        return {"mean": mean, "error": None, "n": n, "verdict": "measured"}
+        return {"mean": mean, "error": None, "n": n, "p": None, "verdict": "measured"}
     error = math.sqrt(sum((d - mean) ** 2 for d in difference) / (n - 1) / n)
-    holds = mean > T.get(n, T[10]) * error
-    return {"mean": mean, "error": error, "n": n, "verdict": "holds" if holds else "does not hold"}
+    p = float(stdtr(n - 1, -mean / error)) if error else 0.5 - 0.5 * ((mean > 0) - (mean < 0))
+    return {"mean": mean, "error": error, "n": n, "p": p, "verdict": "holds" if p <= 0.05 else "does not hold"}
+
+
+def holm(p: list[float]) -> list[float]:
+    """Holm's adjusted p of several tests: the i-th smallest of n times n - i, never below the one before."""
+    out, least = [0.0] * len(p), 0.0
+    for rank, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        out[i] = least = max(least, min(1.0, (len(p) - rank) * p[i]))
+    return out
 
 
 def comparison(question: str, a: list[dict], b: list[dict], metric: str) -> str:
     """One line: is a's distance below b's? a, b: a row per seed."""
     a, b = [row[metric] for row in a], [row[metric] for row in b]
     v = verdict(a, b)
-    error = "" if v["error"] is None else f" ± {v['error']:.4f} (standard error)"
+    error = "" if v["error"] is None else f" ± {v['error']:.4f} (standard error), p = {v['p']:.2g}"
     return (f"{question}: {sum(a) / len(a):.4f} against {sum(b) / len(b):.4f}, ratio {sum(a) / sum(b):.2f}, "
             f"paired difference {v['mean']:.4f}{error}, n = {v['n']}: {v['verdict']}")
 

@@ -61,6 +61,10 @@ class Flags:
                          "dm-TAG); none = teacher, for adm the dm stage")
     real: str = flag("data", "data of TSM, ADM and CD; generated: the pairs' y", choices=("data", "generated"))
 
+    def __post_init__(self):
+        if facts_of(self).stacked:  # one student for all classes trains in the same stack, to compare with
+            self.students = sorted({1, *self.students})
+
     def order(self) -> list[str]:
         """The stages of this run."""
         return ["cd"] if (self.method, self.stages) == ("cd", "dm") else self.stages.split(",")
@@ -145,7 +149,7 @@ def partition(classes: int, K: int, how: str = "consecutive", embeddings: Tensor
     B.1]; quadrant: for text [MSD App. D.3.1]; else a file."""
     if not 1 <= K <= classes:
         raise UserError(f"--students {K}: from 1 to {classes}")
-    if how == "consecutive":
+    if how == "consecutive" or K == 1:
         return list(torch.arange(classes).tensor_split(K))
     if how == "random":
         order = torch.randperm(classes, generator=generator(seed, "partition", K))
@@ -291,7 +295,8 @@ def samplers(flags: Flags, device):
         best, last = load_students(folder), load_students(folder, "ema.pt")
         router = router_of(best)
         of_best, of_last = (functools.partial(sampled, found, router, device=device) for found in (best, last))
-        yield evaluate.Sampler(stage, K, seed, of_best, folder, router, best.seconds, of_last, per_class=True)
+        yield evaluate.Sampler(stage, K, seed, of_best, folder, router, best.seconds, of_last, True,
+                               {"teraflops": best.flops / 1e12})
 
 
 def cd_bound(flags: Flags, given: teacher.Given, device) -> dict:

@@ -294,12 +294,13 @@ def start_of(flags, given) -> Start:
 
 @dataclass
 class Students:
-    """A denoiser each; seconds: of training, all together."""
+    """A denoiser each; seconds, flops: of training, all together."""
     facts: data.Facts
     start: edm.Precond  # theta_0
     denoisers: list[edm.Precond]
     router: Router
     seconds: float
+    flops: float
 
     def to(self, device):
         for D in (self.start, *self.denoisers):
@@ -318,7 +319,8 @@ def load_students(folder) -> Students:
     found = [load_network(place / "ema.pt") for place in places]
     denoisers = [one_of(network, k) for network in found for k in range(len(network.parts))]
     router = Router(edges, msd.partition(facts.classes, N // (len(edges) - 1)))
-    return Students(facts, one_of(start, 0), denoisers, router, sum(network.seconds for network in found))
+    seconds, flops = sum(n.seconds for n in found), sum(n.flops * len(n.parts) for n in found)
+    return Students(facts, one_of(start, 0), denoisers, router, seconds, flops)
 
 
 def merge(start: edm.Precond, students: list[edm.Precond], c: float | None = None) -> edm.Precond:
@@ -412,7 +414,7 @@ def measured(flags: Flags, given, N: int, device):
     if N:
         found = load_students(folder).to(device)
         denoise, D = routed(found.denoisers, found.router), found.denoisers[0]
-        yield row(NAME, by(denoise), keep=folder, seconds=found.seconds)
+        yield row(NAME, by(denoise), keep=folder, seconds=found.seconds, more={"teraflops": found.flops / 1e12})
         for name, of_loss in steadiness(folder).items():
             yield f"loss-{name}", Row(more=of_loss)
     else:

@@ -18,8 +18,13 @@ import numpy as np
 import torch
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+import common
+import data
+import dmd
+import edm
 import images
 import run
+import students
 import toy_mog
 from flags import UserError, command
 
@@ -223,30 +228,96 @@ def image_panels(panels: dict, columns: int) -> plt.Figure:
     return fig
 
 
-def side_by_side(home: Path, results: dict, shown: list, m: str) -> plt.Figure:
-    """[MSD Fig. 4, 9]: samples of the teacher and of students [(who, row, folder)], with their distance m: histograms
-    and how one or two differ from the teacher's; of images a row for each of 12 classes."""
+def samples_of(home: Path, results: dict, folder: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Kept samples and labels of students, or of the teacher."""
+    if folder:
+        made = run.load_tensors(folder / "samples.pt")
+        return made["x"], made["label"]
+    x = run.load_shards(home / "reference", "report")
+    return x, data.stratified(len(x), data.facts(results["dataset"]).classes)
+
+
+def side_by_side(home: Path, results: dict, shown: list, m: str, of_k=None) -> plt.Figure:
+    """[MSD Fig. 4, 9]: samples of the teacher and of students [(who, row, folder)], with their distance m; of the toy
+    also this distance against K, of rows of_k {K: row}."""
     n = 2 * results["steps"] - 1 if "method" in results else results["teacher"]["evaluations"]  # kept samples: Heun's
-    sets, panels = {}, []
+    sets = {}
     for who, row, folder in [(f"teacher, {n} evaluations", results["teacher"], None), *shown]:
-        made = run.load_tensors(folder / "samples.pt") if folder else {}
         first = row["per_seed"][0]
         title = f"{who}: {distance(results, m)} {short(first[m if m in first else 'floor'])}"
-        sets[title] = made["x"] if folder else run.load_shards(home / "reference", "report")
-    if results["metric"] != "l1":
-        pick = torch.cat([(made["label"] == c).nonzero()[:8, 0] for c in made["label"].unique()[:12]])
-        return image_panels({title: images.to_uint8(x[pick]) for title, x in sets.items()}, 8)
-    for title, x in sets.items():  # all bins but the last, which is outside
-        panels.append((title, toy_mog.histogram(x)[:-1].numpy() / len(x), "bone_r"))
-    share = panels[0][1]
-    for title, other, _ in panels[1:] if len(shown) < 3 else ():
-        panels.append((f"|difference|, {title.split(',')[0]}", abs(other - share), "gist_heat_r"))
-    fig, axes = page(len(panels), 3.4, 4.2)
-    for ax, (title, values, colours) in zip(axes, panels):
-        ax.imshow(values.reshape(toy_mog.BINS, -1).T ** 0.5, cmap=colours, origin="lower", interpolation="nearest",
-                  extent=[-toy_mog.EXTENT, toy_mog.EXTENT] * 2, vmin=0, vmax=np.quantile(share[share > 0], 0.98) ** 0.5)
-        ax.set(title=title, xticks=[], yticks=[], **VIEW)
-    fig.suptitle(f"Histograms of {len(x):,} samples; colour: square root of share")
+        sets[title] = samples_of(home, results, folder)
+    if results["metric"] == "l1":
+        fig, axes = points(sets, data.facts(results["dataset"]).meaning, of_k is not None)
+        for K, row in (of_k or {}).items():
+            y = [seed[m] for seed in row["per_seed"]]
+            axes[0, -1].plot([int(K)] * len(y), y, "o", color="C0")
+        if of_k:
+            axes[0, -1].axhline(results["floor" if m == "l1" else "floor_data"], ls=":", color="k", lw=1)
+            axes[0, -1].set(xlabel="students (dotted: two draws)", title=distance(results, m), ylim=(0, None),
+                            xticks=[*map(int, of_k)], box_aspect=1)
+        return fig
+    x, label = [*sets.values()][-1]
+    pick = torch.cat([(label == c).nonzero()[:8, 0] for c in label.unique()[:12]])
+    return image_panels({title: images.to_uint8(x[pick]) for title, (x, _) in sets.items()}, 8)
+
+
+def points(sets: dict, meaning, more: int = 0, number: int = 20_000):
+    """Samples {title: (x [N, 2], label [N])}, below one ring of them close up; red: astray, beyond 4 std of a Gaussian
+    of the sample's class (circles). meaning(label): the class; more: free panels after them."""
+    n = len(sets) + more
+    fig, axes = plt.subplots(2, n, figsize=(3.6 * n, 7.8), layout=Whole(), squeeze=False)
+    for ax in axes[1, len(sets):]:
+        ax.axis("off")
+    for (title, (x, label)), whole, ring in zip(sets.items(), *axes):
+        astray = toy_mog.nearest(x, meaning(label))[0] > 4 * toy_mog.STD
+        for ax, size in ((whole, 0.5), (ring, 4)):
+            for which, colour in ((~astray[:number], "0.25"), (astray[:number], "C3")):
+                ax.scatter(*x[:number][which].T, s=size, c=colour, lw=0, rasterized=True)
+            ax.set(xticks=[], yticks=[], **VIEW)
+        whole.set(title=title, xlabel=f"astray: {astray.double().mean():.1%}", ylabel="")
+        ring.set(xlim=(0.36, 0.64), ylim=(-0.14, 0.14), xlabel="class 0 close up", ylabel="")
+        for m in toy_mog.means()[0].numpy():
+            ring.add_patch(plt.Circle(m, 4 * toy_mog.STD, fill=False, lw=0.8))
+    fig.suptitle(f"{min(number, len(x)):,} samples each; red: beyond 4 std of every Gaussian of their class")
+    return fig, axes
+
+
+@torch.no_grad()
+def why(home: Path, results: dict, folders: dict) -> plt.Figure:
+    """What distribution matching does to class 0, at the first checkpoint and at the last, and whose latents go astray.
+
+    folders {K: folder of DM}. Arrows: a descent step of the KL term at sigma = 0.03, mu_real - mu_fake [MSD Eq. 6]."""
+    facts, names, K = data.facts(results["dataset"]), ("state.first.pt", "state.pt"), max(folders)
+    fig, axes = plt.subplots(2, 3, figsize=(12.6, 8.4), layout=Whole())
+    teacher, size = students.load_network(home / "teacher" / "ema.pt"), results["size"]
+    steps = (results["teacher"]["evaluations"] + 1) // 2
+    x = torch.stack(torch.meshgrid(*[torch.linspace(-0.13, 0.13, 20)] * 2, indexing="xy"), -1).reshape(1, -1, 2)
+    x, z = x + torch.tensor([toy_mog.OUTER, 0.0]), common.latents(range(1500), facts.shape)[None]
+    sigma, at, label = torch.full(x.shape[:2], 0.03), torch.zeros(x.shape[:2]).long(), torch.zeros(z.shape[:2]).long()
+    for (field, fake, _), name in zip(axes, names):
+        saved = run.load_tensors(folders[K] / name)
+        G, mu_fake = (edm.Precond(facts.net(1, of), facts.sigma_data) for of in (size, teacher.size))
+        for net, part in ((G, "G"), (mu_fake, "mu_fake")):
+            net.load_state_dict({name: value[:1] for name, value in saved["parts"][part].items()})
+        made, gap = dmd.one_step(G, z, label)[0], (teacher.net(x, sigma, at) - mu_fake(x, sigma, at))[0]
+        field.quiver(*x[0].T, *gap.T, color="C0", angles="xy")
+        field.set_title(f"The KL term's pull after {saved['step']} updates")
+        fake.scatter(*edm.heun(mu_fake, z, label, steps)[0].T, s=3, color="C1", label="of mu_fake")
+        fake.set_title("The fake denoiser follows: samples of G (grey) and of mu_fake by its own ODE")
+        for ax in (field, fake):
+            ax.scatter(*made.T, s=3, color="0.4", zorder=0)
+            ax.set(**VIEW | dict(xlim=(0.36, 0.64), ylim=(-0.14, 0.14)))
+    number = 20_000
+    z = torch.randn(results["samples"], 2, generator=common.generator(results["seeds"][0], "report z"))[:number]
+    for ax, k in zip(axes[:, 2], (min(folders), K)):
+        x, label = samples_of(home, results, folders[k])
+        own = facts.meaning(label[:number]) == 0
+        gap, mode = toy_mog.nearest(x[:number][own], torch.zeros(int(own.sum())).long())
+        astray = gap > 4 * toy_mog.STD
+        ax.scatter(*z[own][~astray].T, s=4, c=mode[~astray], cmap="Pastel1")
+        ax.scatter(*z[own][astray].T, s=4, color="C3")
+        ax.set(title=f"Latents by the mode they reach, K = {k}; red: astray", xlabel="$z_1$", ylabel="$z_2$",
+               aspect="equal", xlim=(-3, 3), ylim=(-3, 3))
     return fig
 
 
@@ -258,17 +329,6 @@ def scatter(panels: dict, owner, number: int, what: str):
         ax.set(title=title, **VIEW)
     fig.colorbar(dots, ax=axes[-1], label=what, ticks=range(0, number, math.ceil(number / 16)))
     return fig, axes
-
-
-def by_student(folder: Path, K: int) -> plt.Figure:
-    """[MSD Fig. 1]: K students' samples, a colour each, and one class close up."""
-    s = run.load_tensors(folder / "samples.pt")
-    titles = "Who generates what", "Class 0 close up; circles: 4 std of the data's Gaussians"
-    fig, axes = scatter(dict.fromkeys(titles, s["x"][:20_000]), s["student"][:20_000], K, "student")
-    for m in toy_mog.means()[0].numpy():
-        axes[1].add_patch(plt.Circle(m, 4 * toy_mog.STD, fill=False, lw=0.8))
-    axes[1].set(xlim=(0.36, 0.64), ylim=(-0.14, 0.14))
-    return fig
 
 
 METRICS = {
@@ -347,9 +407,11 @@ def draw(out, tag: str = "") -> list[Path]:
     for K in sorted({ks[0], ks[-1]}) if toy else ks:
         title = f"{K} student{'s' * (K > 1)}, {'in turn' if by_noise else 'one evaluation'}"
         shown.append((title, results["students"][str(K)], folder(K, last)))
-    names = ("samples", "students") if by_noise else ("figure4", "l1") if toy else ("samples", "fd")
-    figures = {names[0]: side_by_side(home, results, shown, aim(results, [last])),
-               names[1]: against_k(results, {last: results["students"]})}
+    of_k, figures = results["students"], {}
+    name = "samples" if by_noise or not toy else "figure4"
+    figures[name] = side_by_side(home, results, shown, aim(results, [last]), of_k)
+    if not toy:
+        figures["fd"] = against_k(results, {last: of_k})
     if by_noise:
         figures["losses"] = training({ks[0]: folder(ks[0], last)}, last, PANELS[last])
         if (drift := home / "teacher" / "drift.json").exists():
@@ -357,8 +419,8 @@ def draw(out, tag: str = "") -> list[Path]:
         if any(stage.startswith("heun-") for stage in rows):
             figures["curve"] = steps_curve(results)
     else:
-        if toy:
-            figures["students"] = by_student(folder(ks[-1], last), ks[-1])
+        if toy and all((folder(ks[-1], "dm") / name).exists() for name in ("state.first.pt", "samples.pt")):
+            figures["why"] = why(home, results, {K: folder(K, "dm") for K in ks})
         for stage in filter(rows.get, PANELS):
             name, m = ("gan", aim(results, rows)) if stage == "adm" else ("training", results["metric"])
             first = ("Distance of each student on its own classes", distance(results, m), "linear", [m])

@@ -5,11 +5,13 @@ Not here: what is trained (the stages), who is trained together (students.py).
 """
 import contextlib
 import csv
+import ctypes
 import fcntl
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -18,7 +20,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from common import Batch, Draws, Ranks, world
@@ -76,6 +80,7 @@ def suffix(tag: str) -> str:
 def device(name: str) -> torch.device:
     """--device, tried; at most 8 CPU threads (fewer: OMP_NUM_THREADS), and no TF32."""
     torch.set_num_threads(min(8, torch.get_num_threads()))
+    keep_memory()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if name in ("auto", "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun: a GPU per rank
@@ -87,6 +92,13 @@ def device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {error}") from None
     return found
+
+
+def keep_memory() -> None:
+    """Tell glibc to keep what is freed: else half of a large forward pass is fetching the same pages again."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        for threshold in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+            ctypes.CDLL(None).mallopt(threshold, 1 << 30)
 
 
 def start(flags: Flags) -> Ranks:
@@ -241,12 +253,14 @@ class Run:
     micro_batch: int = 0
     ranks: Ranks = field(default_factory=Ranks)  # all read, the first one writes
     title: str = ""
+    keep_first: bool = False  # its first checkpoint, to look at
 
     def __post_init__(self):
         self.title, self.main = self.title or self.name, self.ranks.rank == 0
         self.draws = Draws(self.name, self.students, self.ranks.device)
         self.slices = self.ranks.parts(self.batch, self.micro_batch)
         self.rows, self.last, self.began, self.stop = [], 0, 0.0, False
+        self.flops, self.of_net = 0.0, {}  # of training, of one student; {network: of a pass, of one sample}
 
     def batches(self, step: int, of: str = "{}") -> list[Batch]:
         """The micro-batches of an update. of: see Batch."""
@@ -260,13 +274,28 @@ class Run:
             self.stop = True
             signal.signal(number, signal.default_int_handler)
         begin = self._resume(state)
+        hook = register_module_forward_hook(self._count)
         before = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             with bar(range(begin, self.length), self.title, self.length, not self.main, initial=begin) as self.bar:
                 yield from self.bar
         finally:
+            hook.remove()
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _count(self, net: torch.nn.Module, args: tuple, out) -> None:
+        """Add a network's pass to the FLOPs; backward costs twice as much as forward, or once if net is frozen."""
+        if not hasattr(net, "bottleneck"):
+            return
+        if net not in self.of_net:
+            self.of_net[net] = 0.0  # not counted while it is measured
+            with torch.no_grad(), FlopCounterMode(display=False) as count:
+                net(*(v[:, :1] if torch.is_tensor(v) else v for v in args))
+            self.of_net[net] = count.get_total_flops() / len(args[0])
+        trained = next(net.parameters()).requires_grad
+        passes = 1 + (1 + trained) * (out[0] if isinstance(out, tuple) else out).requires_grad
+        self.flops += passes * args[0].shape[1] * self.ranks.size * self.of_net[net]
 
     def _resume(self, state: dict) -> int:
         saved = self.ranks.first(lambda: [saved_steps(f) for f in self.folders])
@@ -275,6 +304,7 @@ class Run:
         if begin:
             found = [load_tensors(s[begin]) for s in saved]
             self.began -= found[0]["seconds"]
+            self.flops = found[0].get("flops", 0.0)
             parts = found[0]["parts"]
             if len(found) > 1:  # scalars and what is no tensor are the same in all
                 parts = tree_map(lambda *t: torch.cat(t) if torch.is_tensor(t[0]) and t[0].ndim else t[0],
@@ -328,10 +358,12 @@ class Run:
                 if len(self.folders) > 1:
                     own = tree_map_only(Tensor, lambda t: t[rows].clone() if t.ndim else t, trees)
                 new, path = folder / "state.new.pt", folder / "state.pt"
-                save_tensors(new, {"step": step, "seconds": self.seconds(), "parts": own})
+                save_tensors(new, {"step": step, "seconds": self.seconds(), "flops": self.flops, "parts": own})
                 if path.exists():  # at any moment one of the two can be read
                     os.replace(path, folder / "state.prev.pt")
                 os.replace(new, path)
+                if self.keep_first and not (first := folder / "state.first.pt").exists():
+                    shutil.copyfile(path, first)
             self.rows.clear()
         self.last = step
         if self.stop:

@@ -40,6 +40,7 @@ class Network:
     size: object  # a name in facts.sizes, or fields
     parts: list | None  # the students' classes; None: a teacher
     seconds: float = 0.0  # of training
+    flops: float = 0.0  # of training one student, in all stages
 
 
 def load_network(path) -> Network:
@@ -63,7 +64,8 @@ def _network(path: Path, changed: int) -> Network:
         D.load_state_dict(saved["net"])
     except (LookupError, TypeError, RuntimeError, AttributeError, ValueError):
         raise UserError(f"{path}: not a checkpoint of this code") from None
-    return Network(D.requires_grad_(False), facts, saved["size"], parts, saved.get("seconds", 0.0))
+    return Network(D.requires_grad_(False), facts, saved["size"], parts, saved.get("seconds", 0.0),
+                   saved.get("flops", 0.0))
 
 
 def rows_of(net: nn.Module, rows: slice, students: int) -> dict:
@@ -97,6 +99,7 @@ class Start:
     name: str  # in config.json: teacher, random, or where and a hash
     size: object  # of its network
     load: Callable  # load() -> Precond, a stack of one
+    flops: float = 0.0  # of its training, by the stages before
 
 
 def random_start(facts: data.Facts, size, seed: int) -> Start:
@@ -118,7 +121,7 @@ def start_from(home: Path, file: str, k: int, classes: tuple[int, ...] = ()) -> 
     if classes and sorted(saved["partition"][row]) != sorted(classes):
         raise UserError(f"{home}: other classes; start from the same --partition")
     name = f"{home.parent.name}/{home.name} {digest}"
-    return Start(name, saved["size"], lambda: one_of(load_network(place / file), row))
+    return Start(name, saved["size"], lambda: one_of(load_network(place / file), row), saved.get("flops", 0.0))
 
 
 def checkpoint(path: str, facts: data.Facts) -> Start:
@@ -351,7 +354,8 @@ def distil(stage, students: list[Student], shares: list, inputs: dict, flags, ra
                 for folder in (of_home[i] for i in mine if [of_home[i]] in todo):
                     _train(stage, {folder: folders[folder]}, inputs, flags, own_ranks)
         ranks.wait()
-    return [replace(s, start=start_from(home(stage, flags, t), files[0], t.k)) for s, t in zip(students, trainees)]
+    after = [start_from(home(stage, flags, t), files[0], t.k) for t in trainees]
+    return [replace(s, start=replace(a, flops=a.flops / s.K if shared else a.flops)) for s, a in zip(students, after)]
 
 
 def _train(stage, folders: dict, inputs: dict, flags, ranks: Ranks) -> None:
@@ -364,13 +368,13 @@ def _train(stage, folders: dict, inputs: dict, flags, ranks: Ranks) -> None:
     first, facts = students[0], inputs[students[0].seed].facts
     title = stage.NAME if facts.stacked or stage is edm else f"{stage.NAME}, {first}"
     training = run.Run(stage.NAME, students, slices, *stage.length(flags), facts.shape, flags.run.save_every,
-                       flags.run.micro_batch, ranks, title)
+                       flags.run.micro_batch, ranks, title, facts.stacked)
     kept = stage.train(training, flags, Task(stage, students, shares, inputs, flags, ranks))
     for folder, slots in slices.items() if training.main else ():
-        seconds = {"seconds": training.seconds()}
-        about = {"dataset": facts.name, "resolution": facts.resolution, "size": first.start.size, **seconds}
+        cost = {"seconds": training.seconds(), "flops": training.flops + first.start.flops}
+        about = {"dataset": facts.name, "resolution": facts.resolution, "size": first.start.size, **cost}
         about |= {} if stage is edm else {"partition": [s.classes for s in students[slots]]}
-        save_json(folder / "done.json", seconds)
+        save_json(folder / "done.json", cost)
         for file, net in kept.items():
             about |= {"sigma_min": net.sigma_min} if net.sigma_min else {}
             save_tensors(folder / file, {**about, "net": rows_of(net, slots, len(students))})
@@ -386,6 +390,7 @@ class Students:
     stack: edm.Precond | None
     files: list[Path]
     seconds: float  # of training, all together
+    flops: float
     device: str | torch.device = "cpu"
 
     def to(self, device) -> "Students":
@@ -405,10 +410,11 @@ def load_students(folder, file: str = "best.pt") -> Students:
     if not list(folder.glob("student[0-9]*")):
         found = load_network(folder / file)
         parts = [torch.tensor(p) for p in found.parts or ()]
-        return Students(found.facts, parts, found.net, [folder / file], found.seconds)
+        return Students(found.facts, parts, found.net, [folder / file], found.seconds, found.flops * len(parts))
     about = load_json(folder / "student0" / "config.json", "students", "dataset")
     homes = [folder / f"student{k}" for k in range(about["students"])]
-    seconds = sum(load_json(home / "done.json", "seconds")["seconds"] for home in homes)
+    done = [load_json(home / "done.json", "seconds") for home in homes]
+    seconds, flops = (sum(d.get(name, 0.0) for d in done) for name in ("seconds", "flops"))
     parts = [torch.tensor(load_json(home / "config.json", "classes")["classes"]) for home in homes]
     facts = data.facts(about["dataset"], about.get("resolution", 0))
-    return Students(facts, parts, None, [home / file for home in homes], seconds)
+    return Students(facts, parts, None, [home / file for home in homes], seconds, flops)

@@ -111,22 +111,21 @@ class ToyNet(nn.Module):
     layer [K, B, width], the bottleneck; "only": it alone, without what follows."""
     LOWEST, HIGHEST, CUTOFF, SIGMA_DATA = 0.5, 60.0, 48.0, 0.5
 
-    def __init__(self, students: int = 1, width: int = 64, depth: int = 2, classes: int = CLASSES, seed: int = 0,
+    def __init__(self, students: int = 1, width: int = 64, depth: int = 2, classes: int = CLASSES,
                  embeddings: Tensor | None = None):
         super().__init__()
         self.students, self.width, self.depth, self.classes, self.bottleneck = students, width, depth, classes, (width,)
-        g = torch.Generator().manual_seed(seed)
         waves, embed, octaves = 2 * width, width // 2, 8
 
         def parameter(value: Tensor) -> nn.Parameter:  # every student starts from the same values
             return nn.Parameter(value.repeat(students, *[1] * value.ndim))
 
         def normal(*shape: int, std: float) -> nn.Parameter:
-            return parameter(torch.randn(shape, generator=g) * std)
+            return parameter(torch.randn(shape) * std)
 
-        angle = 2 * math.pi * torch.rand(waves, generator=g)
+        angle = 2 * math.pi * torch.rand(waves)
         frequency = torch.logspace(math.log10(self.LOWEST), math.log10(self.HIGHEST), waves)
-        self.register_buffer("frequency", frequency, persistent=False)  # [waves], |w| at the start
+        self.register_buffer("fading", -0.5 * (frequency / self.CUTOFF) ** 2, persistent=False)  # [waves]
         self.register_buffer("octaves", math.pi / 16 * 2.0 ** torch.arange(octaves), persistent=False)
         self.w_noise = normal(2 * octaves, embed, std=octaves ** -0.5)
         self.register_buffer("E", embeddings, persistent=False)
@@ -134,7 +133,7 @@ class ToyNet(nn.Module):
         self.table = normal(rows, embed, std=1.0)  # the class embedding, or the layer that E[label] goes through
         self.b_embed = normal(1, embed, std=0.5)
         self.w_wave = parameter(frequency * torch.stack([angle.cos(), angle.sin()]))  # [K, 2, waves]
-        self.b_phase = parameter(2 * math.pi * torch.rand(1, waves, generator=g))
+        self.b_phase = parameter(2 * math.pi * torch.rand(1, waves))
         self.w_phase = normal(embed, waves, std=embed ** -0.5)
         self.w_in = normal(waves + 2, width, std=waves ** -0.5)
         self.w_embed = normal(embed, width, std=embed ** -0.5)
@@ -156,9 +155,10 @@ class ToyNet(nn.Module):
         embed = F.silu(embed)  # [K, B, embed]
         sigma2 = (8 * c_noise).exp()  # c_noise = ln(sigma) / 4
         s2 = sigma2 / (sigma2 + self.SIGMA_DATA ** 2)  # (c_in sigma)^2
-        fade = (-0.5 * s2[..., None] * (self.frequency / self.CUTOFF) ** 2).exp()  # [K, B, waves]
-        wave = torch.sin(torch.bmm(x, self.w_wave) + torch.baddbmm(self.b_phase, embed, self.w_phase)) * fade
-        h = F.silu(torch.baddbmm(self.b_in, torch.cat([x, wave], -1), self.w_in) + torch.bmm(embed, self.w_embed))
+        fade = (s2[..., None] * self.fading).exp()  # [K, B, waves]
+        wave = torch.sin(torch.baddbmm(torch.baddbmm(self.b_phase, embed, self.w_phase), x, self.w_wave)) * fade
+        h = torch.baddbmm(torch.baddbmm(self.b_in, embed, self.w_embed), x, self.w_in[:, :2])
+        h = F.silu(torch.baddbmm(h, wave, self.w_in[:, 2:]))
         for i, (w, b) in enumerate(zip(self.w_hidden, self.b_hidden)):
             if i == self.depth // 2:
                 middle = h
@@ -196,6 +196,11 @@ def l1(h: Tensor, h_ref: Tensor) -> float:
     return 0.5 * (h / h.sum() - h_ref / h_ref.sum()).abs().sum().item()
 
 
+def nearest(x: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance [N] of points x [N, 2] from the nearest Gaussian of their class label [N], and which of MODES it is."""
+    return (x[:, None] - means(x.device)[label]).norm(dim=-1).min(-1)
+
+
 def coverage(x: Tensor, label: Tensor, radius: float = 4.0) -> dict:
     """Where do the points x [..., 2] of the classes label [...] land?
 
@@ -203,7 +208,7 @@ def coverage(x: Tensor, label: Tensor, radius: float = 4.0) -> dict:
     mode_min, mode_max: the emptiest and fullest Gaussian's share of all points, 1 = its fair share
     modes: effective number of Gaussians (exp of the entropy of the shares of the points within), at most 64"""
     x, label = x.reshape(-1, 2), label.reshape(-1)
-    distance, mode = (x[:, None] - means(x.device)[label]).norm(dim=-1).min(-1)
+    distance, mode = nearest(x, label)
     near = distance < radius * STD
     seen = label.unique()
     count = torch.bincount((label * MODES + mode)[near], minlength=CLASSES * MODES).view(CLASSES, MODES)[seen].double()

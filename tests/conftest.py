@@ -79,7 +79,10 @@ def options(line: str = ""):
 
 def denoiser(width: int = 16, seed: int = 0, jitter: float = 0.3) -> edm.Precond:
     """A ToyNet in its preconditioning, a stack of one, with random weights everywhere."""
-    D, g = edm.Precond(toy_mog.ToyNet(1, width), 0.5), torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        D = edm.Precond(toy_mog.ToyNet(1, width), 0.5)
+    g = torch.Generator().manual_seed(seed)
     for p in D.parameters():
         p.data += jitter * torch.randn(p.shape, generator=g)
     return D
