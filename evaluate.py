@@ -205,8 +205,8 @@ def multiply_adds(denoise: Callable, facts: data.Facts, device="cpu") -> int:
 # ---- results.json
 
 STAGES = ("post", "cd", "dm", "adm", "o2mkd")  # the last of these is "students"; merged, heun-20 … stand beside
-COLUMNS = ("{}", "{}_sd", "{}_data", "{}_data_sd", "within", "modes", "mode_min", "mode_max", "right class", "seconds", "teraflops",
-           "parameters", "multiply_adds")
+COLUMNS = ("{}", "{}_sd", "{}_data", "{}_data_sd", "within", "modes", "mode_min", "mode_max", "right class", "seconds",
+           "teraflops", "parameters", "multiply_adds")
 
 
 def summary(rows: list[dict]) -> dict:

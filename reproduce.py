@@ -199,7 +199,8 @@ def judge(comparisons: dict, numbers: dict[str, list[float]]) -> tuple[str, dict
         n = min(len(low), len(high))  # the seeds that both have
         found[comparison] = evaluate.verdict(low[:n], high[:n])
     tested = [v for v in found.values() if v["p"] is not None]
-    for v, p, reverse in zip(tested, evaluate.holm([v["p"] for v in tested]), evaluate.holm([1 - v["p"] for v in tested])):
+    forth, back = (evaluate.holm([abs(way - v["p"]) for v in tested]) for way in (0, 1))
+    for v, p, reverse in zip(tested, forth, back):
         v["p"] = min(p, reverse)
         v["verdict"] = "holds" if p <= 0.05 else "the reverse holds" if reverse <= 0.05 else "not told apart"
     n, count = len(found), Counter(v["verdict"] for v in found.values())

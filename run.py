@@ -38,7 +38,7 @@ class Flags:
     """Of every run"""
     prefix = ""
     dataset: str = flag("toy", "what to train on", choices=NAMES)
-    preset: str = flag("default", "a line of PRESETS: default, few-pairs, paper or smoke")
+    preset: str = flag("default", "a line of PRESETS: default, paper or smoke")
     resolution: int = flag(0, "pixels, pooled from the dataset's own; 0 = its default", low=0)
     data: str = flag("", "file or folder of the images, see docs/images.md; none = the usual places")
     features: str = flag("", "NVIDIA's TorchScript Inception, for FID; none = our own classifier")
@@ -61,9 +61,9 @@ class Flags:
 
 LARGE = dict(eval_samples=50_000, save_every=1000)
 PRESETS = {
-    ("toy", "default"): {}, ("toy", "few-pairs"): {}, ("toy", "paper"): {},
+    ("toy", "default"): {}, ("toy", "paper"): {},
     ("toy", "smoke"): dict(eval_samples=800, save_every=20),
-    **{("toy-prompts", name): dict(like=("toy", name)) for name in ("default", "few-pairs", "paper", "smoke")},
+    **{("toy-prompts", name): dict(like=("toy", name)) for name in ("default", "paper", "smoke")},
     ("fashion-mnist", "default"): dict(eval_samples=10_000, save_every=250),
     ("fashion-mnist", "smoke"): dict(eval_samples=40, save_every=3),
     ("cifar10", "default"): LARGE, ("cifar10", "smoke"): dict(eval_samples=20, save_every=2),

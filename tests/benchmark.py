@@ -4,6 +4,7 @@
   python tests/benchmark.py --sizes B S XS XXS --dataset imagenet64    one-step students of each size [MSD Table 7]
   python tests/benchmark.py --samples runs/toy/seed0/students8         one-step students against the teacher's sampler
   python tests/benchmark.py --unet EDM    our U-Net against NVIDIA's; EDM: a checkout of github.com/NVlabs/edm
+  python tests/benchmark.py --main toy    the main job: where each second goes, and the share of the matmul limit
   python tests/benchmark.py --dm B XXS    a DM update of ImageNet-64 on this device: images a second and memory
 """
 import argparse
@@ -18,6 +19,7 @@ from statistics import median
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 os.environ["TQDM_DISABLE"] = "1"
+BEGAN = time.perf_counter()
 
 import torch
 
@@ -27,12 +29,15 @@ import dmd
 import edm
 import evaluate
 import msd
+import plot
 import run
 import students
+import teacher
 import unet
 from flags import parse
 from rank_worker import stack
 
+IMPORTS = time.perf_counter() - BEGAN
 DEVICE = run.device("auto")
 GPU = DEVICE.type == "cuda"
 
@@ -152,11 +157,51 @@ def unets(given, size: str = "XXS") -> None:
         print(what, *(f"{kind} {1e3 * t:.0f} ms ({each['theirs'] / t:.2f})" for kind, t in each.items()), sep="; ")
 
 
+def matmul_limit(students: int = 9, rows: int = 512, width: int = 128) -> float:
+    """FLOPs a second of the batched product that the toy spends most on, alone."""
+    a, b, n = torch.randn(students, rows, width), torch.randn(students, width, width // 2), 200
+    return throughput(lambda: [torch.bmm(a, b) for _ in range(n)], n * students * rows * width * width)
+
+
+def main_job(given) -> None:
+    spent, work = {"imports": IMPORTS}, {}
+
+    def timed(place, name: str, title) -> None:
+        function = getattr(place, name)
+
+        def wrapped(*args, **more):
+            begin = now()
+            out = function(*args, **more)
+            spent[what] = spent.get(what := title(*args), 0.0) + now() - begin
+            return out
+        setattr(place, name, wrapped)
+    timed(students, "_train", lambda stage, *rest: f"training: {stage.NAME}")
+    timed(teacher, "solve", lambda folder, purpose, *rest: f"the teacher's samples: {purpose}")
+    timed(evaluate, "measure_all", lambda *rest: "sampling and measuring the students")
+    timed(plot, "draw", lambda *rest: "figures")
+    loop = run.Run.seconds
+
+    def noted(training) -> float:
+        work[f"training: {training.name}"] = len(training.students) * training.flops
+        return loop(training)
+    run.Run.seconds = noted
+    begin = now()
+    with tempfile.TemporaryDirectory() as folder:
+        msd.main(["--students", "8", "--out", folder, *["--preset", "smoke"] * given.quick])
+    whole, limit = now() - begin + IMPORTS, matmul_limit()
+    spent["the rest"] = whole - sum(spent.values())
+    print(f"\n{torch.get_num_threads()} threads, {limit / 1e9:.0f} GFLOP/s in a batched product of the toy's size")
+    for what, each in spent.items():
+        share = f"   {work[what] / each / limit:.0%} of that" if what in work else ""
+        print(f"{each:>7.1f} s  {what}{share}")
+    print(f"{whole:>7.1f} s  the main job")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--dataset", default="toy", choices=data.DATASETS)
-    jobs = {"unet": unets, "samples": samples, "dm": updates, "sizes": sizes}
+    jobs = {"unet": unets, "samples": samples, "dm": updates, "sizes": sizes, "main": main_job}
     for name in jobs:
         parser.add_argument(f"--{name}", nargs="+", default=[], metavar="OF")
     given = parser.parse_args()

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FASHION = "--dataset fashion-mnist --preset smoke --data {data}"
 COMMANDS = {                                   # name: command lines of one run folder; {data}: a tiny Fashion-MNIST
     "dm": ["msd.py --preset smoke --students 1 3 --seeds 2"],
-    "few-pairs": ["msd.py --preset few-pairs --students 2 --steps 30 --reg-warmup 10 --fake-warmup 3 --pairs 200 --batch 16 --warmup 2 --eval-every 10 "
+    "default": ["msd.py --students 2 --steps 30 --reg-warmup 10 --fake-warmup 3 --pairs 200 --batch 16 --warmup 2 --eval-every 10 "
                   "--select-samples 400 --eval-samples 800 --teacher-steps 40 --teacher-batch 32 --sampler-steps 8"],
     "ttur": ["msd.py --preset smoke --students 2 --reg-weight 0 --ttur 3 --draws 1 --normaliser mean_abs --clip-norm 1 --init random"],
     "regression": ["msd.py --preset smoke --students 2 --dm-weight 0 --decay cosine --noise-law bins"],
