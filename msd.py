@@ -96,8 +96,6 @@ CONFLICTS = [  # (is it so?, what to say), for flags.check
     (lambda f: f.dm.dm_weight == 0 and ("dm" in f.order() and f.dm.reg_weight == 0 or
                                         "adm" in f.order() and f.adm.gan_weight == 0),
      "--dm-weight 0, without --reg-weight or --gan-weight: nothing is left to train on"),
-    (lambda f: f.dm.dm_weight > 0 and not f.dm.fake_bins.low <= f.dm.bins.low <= f.dm.bins.high <= f.dm.fake_bins.high,
-     "--bins: beyond --fake-bins, where mu_fake never trains"),
     (lambda f: "dm" in f.order() and f.dm.dm_weight > 0 and dmd.first_kl_step(f.dm) >= f.dm.steps,
      "--reg-warmup: not below --steps: no KL term"),
     (lambda f: f.dm.distance == "lpips" and facts_of(f).stacked, "--distance lpips: needs images"),

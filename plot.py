@@ -253,8 +253,10 @@ def side_by_side(home: Path, results: dict, shown: list, m: str, of_k=None) -> p
             axes[0, -1].plot([int(K)] * len(y), y, "o", color="C0")
         if of_k:
             axes[0, -1].axhline(results["floor" if m == "l1" else "floor_data"], ls=":", color="k", lw=1)
+            axes[0, -1].set_xscale("log", base=2)
+            axes[0, -1].xaxis.set_major_formatter("{x:.3g}")
             axes[0, -1].set(xlabel="students (dotted: two draws)", title=distance(results, m), ylim=(0, None),
-                            xticks=[*map(int, of_k)], box_aspect=1)
+                            box_aspect=1)
         return fig
     x, label = [*sets.values()][-1]
     pick = torch.cat([(label == c).nonzero()[:8, 0] for c in label.unique()[:12]])
@@ -291,7 +293,7 @@ def why(home: Path, results: dict, folders: dict) -> plt.Figure:
     fig, axes = plt.subplots(2, 3, figsize=(12.6, 8.4), layout=Whole())
     teacher, size = students.load_network(home / "teacher" / "ema.pt"), results["size"]
     steps = (results["teacher"]["evaluations"] + 1) // 2
-    x = torch.stack(torch.meshgrid(*[torch.linspace(-0.13, 0.13, 20)] * 2, indexing="xy"), -1).reshape(1, -1, 2)
+    x = torch.cartesian_prod(*[torch.linspace(-0.13, 0.13, 20)] * 2)[None]
     x, z = x + torch.tensor([toy_mog.OUTER, 0.0]), common.latents(range(1500), facts.shape)[None]
     sigma, at, label = torch.full(x.shape[:2], 0.03), torch.zeros(x.shape[:2]).long(), torch.zeros(z.shape[:2]).long()
     for (field, fake, _), name in zip(axes, names):
@@ -333,7 +335,7 @@ def scatter(panels: dict, owner, number: int, what: str):
 
 METRICS = {
     "l1": "$\\ell_1$ to the teacher's samples", "l1_data": "$\\ell_1$ to the data",
-    "fd_data": "Fréchet distance to the data", "mode_min": "share of the emptiest mode (1 = fair)",
+    "fd_data": "Fréchet distance to the data", "even": "the emptiest mode's share of the samples within 4 std (1 = fair)",
     "multiply_adds": "million multiply-adds of a sample"}
 
 
@@ -419,7 +421,8 @@ def draw(out, tag: str = "") -> list[Path]:
         if any(stage.startswith("heun-") for stage in rows):
             figures["curve"] = steps_curve(results)
     else:
-        if toy and all((folder(ks[-1], "dm") / name).exists() for name in ("state.first.pt", "samples.pt")):
+        kept = [folder(ks[-1], "dm") / "state.first.pt", home / "teacher" / "ema.pt"]
+        if toy and all(map(Path.exists, kept)) and "gap" in read_metrics(kept[0].parent):
             figures["why"] = why(home, results, {K: folder(K, "dm") for K in ks})
         for stage in filter(rows.get, PANELS):
             name, m = ("gan", aim(results, rows)) if stage == "adm" else ("training", results["metric"])

@@ -82,10 +82,10 @@ def claim(text: str) -> Claim:
 BLOCKS = [block for block in CLAIMS_FILE.read_text().strip().split("\n\n") if not block.startswith("//")]
 RUNS = dict(line.split(": ") for line in BLOCKS[0].splitlines())
 CLAIMS = {c.id: c for c in map(claim, BLOCKS[1:])}
-UNTAGGED = ("dm", "adm", "fashion", "o2", "o2+", "o2-fashion")
+UNTAGGED = ("dm", "adm", "poor", "fashion", "o2", "o2+", "o2-fashion")
 AFTER = {  # whose students a run starts from, or adds to
-    "adm": "dm", "continued": "dm", "XS-post": "adm", "o2+": "o2", "o2-fork": "o2", "o2-fork50": "o2",
-    "o2-fashion-fork": "o2-fashion",
+    "adm": "dm", "continued": "dm", "poor-continued": "poor", "XS-post": "adm", "o2+": "o2", "o2-fork": "o2",
+    "o2-fork50": "o2", "o2-fashion-fork": "o2-fashion",
 }
 
 
@@ -136,8 +136,8 @@ def job(name: str, f: Flags) -> Job:
     """A run of RUNS in this run folder; on another dataset than the toy, in a folder inside."""
     module = o2mkd if name.startswith("o2") else msd
     argv, home = ["--students", *RUNS[name].split()], folder(f)
-    if "--dataset" in argv:
-        home /= argv[argv.index("--dataset") + 1]
+    for word in {"--dataset", "--teacher-steps"} & {*argv}:  # of another teacher
+        home /= argv[argv.index(word) + 1]
     argv += ["--out", str(home)]
     if name not in UNTAGGED:
         argv += ["--tag", name.removeprefix("o2-").removeprefix("fashion-")]

@@ -30,7 +30,8 @@ from flags import UserError, flag
 
 NAMES = ("toy", "toy-prompts", "fashion-mnist", "cifar10", "imagenet64")  # data.DATASETS
 RETIRED = {"weight_decay": 0.01, "fake": "net", "kde_points": None, "grad_clip": 0.0, "adm_fake": "restart",
-           "adm_reg_weight": 0.0, "gan_clean": False, "post_of": "adm"}  # old flags: the value they are now; None: any
+           "adm_reg_weight": 0.0, "fake_bins": None, "gan_clean": False,
+           "post_of": "adm"}  # old flags: the value they are now; None: any
 
 
 @dataclass

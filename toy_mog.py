@@ -206,6 +206,7 @@ def coverage(x: Tensor, label: Tensor, radius: float = 4.0) -> dict:
 
     within: share of points within `radius` std of a Gaussian of their own class (exact samples: 0.99966 at 4 std)
     mode_min, mode_max: the emptiest and fullest Gaussian's share of all points, 1 = its fair share
+    even: the emptiest one's share of the points within, 1 = its fair share: strays do not count
     modes: effective number of Gaussians (exp of the entropy of the shares of the points within), at most 64"""
     x, label = x.reshape(-1, 2), label.reshape(-1)
     distance, mode = nearest(x, label)
@@ -216,4 +217,5 @@ def coverage(x: Tensor, label: Tensor, radius: float = 4.0) -> dict:
     p = count.flatten() / count.sum().clamp(min=1)
     entropy = -(p * p.clamp(min=1e-12).log()).sum()
     return {"within": near.double().mean().item(), "mode_min": share.min().item(), "mode_max": share.max().item(),
+            "even": count.min().item() / max(1.0, count.mean().item()),
             "modes": entropy.exp().item()}

@@ -12,6 +12,7 @@ import teacher
 import toy_mog
 from common import Draws, Student
 from conftest import ALL, Asked, denoiser, options, task_of, trained
+from flags import Bins
 
 LOOP = ("--steps 6 --batch 8 --reg-warmup 2 --fake-warmup 3 --warmup 1 --ttur 2 --draws 2 --select-samples 80 "
         "--eval-every 100 ")
@@ -169,7 +170,10 @@ def test_schedule():
     f = options("--steps 20 --reg-warmup 8 --fake-warmup 5 --warmup 2 --ttur 3 --lr 1 --reg-lr 2 --fake-lr 4").dm
     plan = [dmd.schedule(f, step) for step in range(20)]
     assert [kl for kl, *_ in plan] == [False] * 8 + [True] * 12
-    assert [turns for *_, turns in plan] == [0] * 7 + [5] + [3] * 12
+    assert [turns for *_, turns, bins in plan] == [0] * 7 + [5] + [3] * 12
+    f = replace(f, steps=1008, bins=Bins(20, 300), anneal=200)  # 1 000 updates of the KL term, annealed in 600
+    assert [dmd.schedule(f, 8 + step)[-1] for step in (0, 300, 600, 900)] == [(200, 300), (100, 300)] + 2 * [(20, 300)]
+    f = replace(f, steps=20)
     assert plan[7][2] == 4 and plan[0][1] == 1 and plan[4][1] == 1  # half of reg_lr: warming up, and half-way
     assert plan[8][1] == 0.5 and plan[14][1] == 0.5 and plan[14][2] == 2
     for more, first in ((dict(dm_weight=0.0), 20), (dict(reg_weight=0.0), 0), (dict(reg_warmup=0), 0)):

@@ -245,7 +245,7 @@ def test_report_writes_prints_and_draws(tmp_path, capsys, monkeypatch):
     assert numbers(run.load_json(tmp_path / "results-XS.json")) == numbers(made)
     text = capsys.readouterr().out
     assert "8 students, dm" in text and "a verdict" in text
-    assert f"results: {tmp_path}/results.json\nfigures: {tmp_path}/figures/l1.png" in text
+    assert f"results: {tmp_path}/results.json\nfigures: {tmp_path}/figures/figure4.png" in text
 
 
 # ------------------------------------------------------------- verdicts
@@ -259,10 +259,19 @@ def test_verdict_rule_both_ways():
         error = math.sqrt(sum(d * d for d in spread) / (n - 1) / n)
         for mean, word in ((1.001 * t * error, "holds"), (0.999 * t * error, "does not hold")):
             found = evaluate.verdict([0] * n, [mean + d for d in spread])
-            assert found == {"mean": pytest.approx(mean), "error": pytest.approx(error), "n": n, "verdict": word}
-    assert evaluate.verdict([1], [2]) == {"mean": 1, "error": None, "n": 1, "verdict": "measured"}
+            assert found == {"mean": pytest.approx(mean), "error": pytest.approx(error), "n": n,
+                             "p": pytest.approx(0.05, rel=0.01), "verdict": word}
+    assert evaluate.verdict([1], [2]) == {"mean": 1, "error": None, "n": 1, "p": None, "verdict": "measured"}
+    equal = [evaluate.verdict([0, 0], [mean, mean]) for mean in (1, 0, -1)]  # without spread
+    assert [v["p"] for v in equal] == [0.0, 0.5, 1.0]
     with pytest.raises(ValueError):
         evaluate.verdict([1, 2], [3])
+
+
+def test_holm_by_hand():
+    """The smallest p times the number of tests, the next times one less, never below the one before, at most 1."""
+    assert evaluate.holm([0.03, 0.01, 0.04]) == pytest.approx([0.06, 0.03, 0.06])
+    assert evaluate.holm([0.9, 0.8]) == [1.0, 1.0] and evaluate.holm([0.02]) == [0.02] and evaluate.holm([]) == []
 
 
 def test_comparison_is_a_line_of_the_seeds():

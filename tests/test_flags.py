@@ -16,11 +16,11 @@ def parsed(line: str, module=msd):
 
 
 def test_flag_beats_preset_beats_default():
-    f = parsed("--preset few-pairs --steps 5")
-    assert (f.dm.steps, f.dm.pairs, f.dm.lr, f.adm.lr, f.students) == (5, 1000, 1e-2, 5e-4, [8])
-    assert f.source.items() >= {"steps": "flag", "pairs": "preset few-pairs", "adm_lr": "default"}.items()
+    f = parsed("--preset smoke --steps 5")
+    assert (f.dm.steps, f.dm.pairs, f.dm.lr, f.adm.lr, f.students) == (5, 64, 1e-2, 5e-4, [1, 8])
+    assert f.source.items() >= {"steps": "flag", "pairs": "preset smoke", "adm_lr": "default"}.items()
     lines = flags.describe(f).splitlines()
-    assert any(line.split()[:4] == ["--pairs", "1000", "preset", "few-pairs"] for line in lines)
+    assert any(line.split()[:4] == ["--pairs", "64", "preset", "smoke"] for line in lines)
     assert len(lines) == len(f.source)
     f = parsed("--dataset toy-prompts --preset paper")  # like the toy, and with values of its own
     assert (f.dm.lr, f.teacher.label_dropout, f.run.out) == (1e-7, 0.1, "runs/toy-prompts")
@@ -31,11 +31,11 @@ def test_flag_beats_preset_beats_default():
 
 def test_every_kind_of_value():
     f = parsed("--bins 20 450 --students 1 2 8 --P_mean -1.5 --filter-pairs --no-tsm-common --teacher exact")
-    assert f.dm.bins == Bins(20, 450) and isinstance(f.dm.fake_bins, Bins) and f.students == [1, 2, 8]
+    assert f.dm.bins == Bins(20, 450) and f.dm.fake_bins == Bins(0, 470) and f.students == [1, 2, 8]
     assert f.teacher.P_mean == -1.5 and f.dm.filter_pairs and not f.tsm.common and f.teacher.which == "exact"
     named = flags.values(f.adm)  # what determines a result, as config.json calls it
     assert {"adm_steps", "adm_lr", "gan_weight", "gan_bins"} <= named.keys() and named["adm_steps"] == f.adm.steps
-    assert "teacher" not in flags.values(f.teacher) and flags.values(f.dm, "pairs") == {"pairs": 64_000}
+    assert "teacher" not in flags.values(f.teacher) and flags.values(f.dm, "pairs") == {"pairs": 1000}
     assert flags.settings(f, "adm", {"adm_fake_warmup": "dm.fake_warmup"}) == {**named, "adm_fake_warmup": 400}
 
 
@@ -82,7 +82,7 @@ FASHION = "--dataset fashion-mnist"
 TEACHER = ["--cfg 2", f"--teacher exact {FASHION}", "--eval-samples 15"]
 CONFLICTS = {
     msd: ["--init nowhere", "--students 9", "--method cd --stages adm", "--student 0", "--student-size XS", "--init dm --stages tsm",
-          "--dm-weight 0 --reg-weight 0", "--fake-bins 0 100", "--reg-warmup 3000", "--distance lpips",
+          "--dm-weight 0 --reg-weight 0", "--reg-warmup 3000", "--distance lpips",
           f"{FASHION} --select-samples 19", *TEACHER],
     o2mkd: ["--ranges 3", "--kd attention --cfg 2 --label-dropout 0.1", *TEACHER],
 }
@@ -102,7 +102,7 @@ def test_every_conflict_has_a_command(capsys, tmp_path, module):
 @pytest.mark.parametrize("line, words", [
     (f"{FASHION} --student 1 --students 1", "--student 1"), ("--student-size XS --init teacher", "do not fit"),
     ("--student-size XS --method cd", "do not fit"), ("--stages adm --dm-weight 0 --gan-weight 0", "nothing is left"),
-    (f"{FASHION} --pairs 19", "--pairs"), ("--bins 0 999", "--fake-bins")])
+    (f"{FASHION} --pairs 19", "--pairs")])
 def test_the_other_halves_of_conflicts(line, words):
     with pytest.raises(UserError, match=words):
         check(parsed(line), msd.CONFLICTS)

@@ -109,11 +109,11 @@ def samples(m: str, n: int, classes: int):
 def write_results(out, tag: str, results: dict, m: str, seeds: int) -> None:
     """results.json of a tag, and the teacher's samples."""
     name = {"l1": "l1", "fd": "FD (of a classifier's features)"}[m]
-    common = {"seeds": list(range(seeds)), "samples": 100_000, "metric": m, "title": name, "floor": 0.054,
+    common = {"dataset": {"l1": "toy", "fd": "fashion-mnist"}[m], "seeds": list(range(seeds)), "samples": 100_000, "metric": m, "title": name, "floor": 0.054,
               "floor_data": 0.051, "teacher": {**row(0.1, m, seeds), "evaluations": 79}}
     reference = out / "seed0" / "reference"
     reference.mkdir(parents=True, exist_ok=True)
-    torch.save({"y": samples(m, 1200, 10)[0]}, reference / "report-0000.pt")
+    torch.save({"y": samples(m, 1200, {"l1": 8, "fd": 10}[m])[0]}, reference / "report-0000.pt")
     (out / f"results{'-' * bool(tag)}{tag}.json").write_text(json.dumps(common | results))
 
 
@@ -145,7 +145,7 @@ def o2mkd_run(out, ns, m="l1", seeds=1, tag="o2mkd", curve=(), levels=21):
     cost = {str(N): {"multiply_adds": 1.9e6 if N == 0 else 0.5e6} for N in (0, *ns)}
     results = {"method": "o2mkd", "steps": 40, "cost": cost, "stages": rows, "students": rows["o2mkd"]}
     write_results(out, tag, results, m, seeds)
-    x, label = samples(m, 1200, 10)
+    x, label = samples(m, 1200, {"l1": 8, "fd": 10}[m])
     for N in ns:
         folder = out / "seed0" / f"o2mkd{N}{tag.removeprefix('o2mkd')}"
         write_metrics(folder if m == "l1" else folder / "student0", ("similarity", "prediction", "denoising"), 3000, 1)
@@ -160,7 +160,7 @@ def o2mkd_run(out, ns, m="l1", seeds=1, tag="o2mkd", curve=(), levels=21):
 # ---------------------------------------------------------------------------------------------------------- the figures
 
 SMALL, LARGE = (8,), (1, 2, 4, 8, 64)
-TOY = ("figure4", "students", "l1", "training")
+TOY = ("figure4", "training")
 IMAGES = ("samples", "fd", "training")
 
 
@@ -190,7 +190,7 @@ def test_figure8(tmp_path, drawn, sizes, ks, stages):
     for i, size in enumerate(sizes):
         msd_run(tmp_path, ks, stages, tag="" if size == "B" else size, scale=1 + 0.3 * i)
     plot.draw(tmp_path, "XXS")
-    names = ("figure4", "students", "training", *(["l1"] if len(stages) == 1 else ["l1", "stages", "gan"]))
+    names = ("figure4", "training", *(["stages", "gan"] if len(stages) > 1 else []))
     whole(drawn, "figure8", *(f"{name}-XXS" for name in names))
 
 
@@ -215,7 +215,7 @@ def test_o2mkd(tmp_path, drawn, ns, m, more, names):
     o2mkd_run(tmp_path, ns, m, **more)
     tag = more.get("tag", "o2mkd")
     plot.draw(tmp_path, tag)
-    whole(drawn, *(f"{name}-{tag}" for name in ("samples", "students", "losses", "drift", *names)))
+    whole(drawn, *(f"{name}-{tag}" for name in ("samples", *["fd"] * (m == "fd"), "losses", "drift", *names)))
 
 
 LONG = "relational distillation is the steadiest supervision: coefficient of variation of a batch's loss (one student)"
