@@ -301,7 +301,9 @@ class Average:
     @torch.no_grad()
     def choose(self, run, step: int) -> None:
         """Copy into `best` the students whose distance is the lowest so far; log it."""
+        flops = run.flops
         distance = self.select(self.now)  # [M]
+        run.flops = flops  # choosing is no training
         better = distance < self.record["distance"]
         self.record["distance"] = torch.where(better, distance, self.record["distance"])
         for b, e in zip(self.best.parameters(), self.now.parameters()):

@@ -223,7 +223,9 @@ HIDDEN = ("per_class", "per_class_mean", "seconds", "floor", "scan")  # what is 
 HEAD = """
 The toy, unless it says otherwise: l1 to the teacher's samples, l1_data to the data (0 = equal, 1 = disjoint), mean ±
 standard deviation, seeds 1 to 5 (seed 0 served for tuning). A verdict is a one-sided t test at 5 %, paired by seed,
-with Holm's correction over a claim's comparisons, at equal updates of each student, or as the row says. The papers' FID is on ImageNet-64, of O2MKD (o2-…) on CIFAR-10: compare directions, not values.
+with Holm's correction over a claim's comparisons, at equal updates of each student, or as the row says; teraflops: of
+training these students in all stages. The papers' FID is on ImageNet-64, of O2MKD (o2-…) on CIFAR-10: compare
+directions, not values.
 
 | id | claim | paper | ours, mean ± sd | n | verdict |
 |---|---|---|---|---|---|"""

@@ -287,7 +287,7 @@ class Run:
 
     def _count(self, net: torch.nn.Module, args: tuple, out) -> None:
         """Add a network's pass to the FLOPs; backward costs twice as much as forward, or once if net is frozen."""
-        if not hasattr(net, "bottleneck"):
+        if "bottleneck" not in vars(net):  # only the networks themselves
             return
         if net not in self.of_net:
             self.of_net[net] = 0.0  # not counted while it is measured

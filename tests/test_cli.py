@@ -34,7 +34,7 @@ SMOKE = ["--preset", "smoke"]
     ("--device warp", "--device warp"), ("--teacher nowhere.pt", "nowhere.pt"), ("--teacher {tmp}/evil.pt", "evil.pt"),
     ("--teacher {run}/students1/dm/best.pt", "student"), ("--teacher {tmp}/other.pt", "other.pt: not a checkpoint"),
     ("--out {tmp}/other.pt/run", "other.pt"), ("--init {tmp}/other.pt", "other.pt"), ("--init some-where", "some-where"),
-    ("--init dm-lost", "students8-lost"), ("--init {run}/students3/dm/best.pt", "--init"), ("--stages post", "best.pt")])
+    ("--init dm-lost", "students1-lost"), ("--init {run}/students3/dm/best.pt", "--init"), ("--stages post", "best.pt")])
 def test_mistakes_of_files(capsys, run, tmp_path, argv, words):
     """What is there is not what it should be; a file's code never runs."""
     class Evil:
@@ -90,7 +90,7 @@ def test_non_finite_loss_names_step_student_and_checkpoint(capsys, tmp_path, mon
     def poisoned(x, *rest):
         grad = original(x, *rest)
         if next(count) == 4:
-            grad[1] = float("nan")
+            grad[2] = float("nan")
         return grad
     monkeypatch.setattr(dmd, "dm_gradient", poisoned)
     line = refused(capsys, msd.main, [*SAVING, str(tmp_path)])

@@ -5,9 +5,12 @@ import pytest
 import torch
 
 import common
+import data
 import dmd
 import edm
+import evaluate
 import msd
+import run
 import teacher
 import toy_mog
 from common import Draws, Student
@@ -253,3 +256,14 @@ def test_selection_is_the_judges_distance_over_the_students_own_classes():
         return torch.where((label < 4)[..., None], toy_mog.sample(label, common.generator("G")), 9.0)
     near, far = task_of(dmd, HALVES, options("--select-samples 4000")).select(G).tolist()
     assert near < 0.5 and far == pytest.approx(1)
+
+
+def test_the_flops_of_training_are_counted(tmp_path):
+    """By hand: a forward pass of every sample, twice as much for its backward pass; choosing best.pt is no training."""
+    line = "--steps 4 --batch 8 --reg-warmup 0 --fake-warmup 3 --ttur 2 --draws 4 --select-samples 8 --eval-every 2"
+    flags = options(f"{line} --save-every 3")
+    trained(dmd, HALVES, flags, tmp_path)  # the teacher is the closed form, which has no network
+    G, mu_fake = (2 * evaluate.multiply_adds(denoiser(width), data.facts("toy")) for width in (12, 16))
+    fresh, turns = 2 + 3 * 1, 3 + 3 * 2  # of the head start, and of the other updates
+    by_hand = 8 * (G * (4 * (3 + 3) + fresh) + mu_fake * (4 * 4 + 3 * turns))
+    assert run.load_tensors(tmp_path / "state.pt")["flops"] == pytest.approx(by_hand, rel=1e-12)

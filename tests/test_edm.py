@@ -210,3 +210,15 @@ def test_label_dropout_trains_the_score_without_a_class(tmp_path, monkeypatch):
         trained(edm, [Student(0, 1, 0, ALL)], flags, tmp_path / str(micro))
         assert sum(n for free, n in seen if free) == 2 * 10 and sum(n for _, n in seen) == 2 * 40
         seen.clear()
+
+
+def test_one_draw_in_ten_is_uniform_over_the_bins():
+    """The mixed law; sigma above 70, which its normal draws reach once in 300 000 times, are trained."""
+    batch = common.Batch(common.Draws("t", [Student(0, 1, 0, (0,))]), 0, 100_000, (2,), slice(None))
+    sigma = edm.draw_sigma(batch, edm.Flags(noise_law="mixed"))[0]
+    of_bins = torch.isin(sigma, edm.level(torch.arange(1000)))
+    assert abs(of_bins.double().mean() - 0.1) < 0.005
+    levels = edm.sigma_bins()
+    assert abs((sigma > 70).double().mean() - 0.1 * (levels > 70).double().mean()) < 5e-4
+    rest = sigma[~of_bins].log()
+    assert abs(rest.mean() + 2.5) < 0.02 and abs(rest.std() - 1.5) < 0.02

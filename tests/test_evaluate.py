@@ -159,9 +159,9 @@ def test_summary_by_hand():
 
 
 def full(value: float) -> Row:
-    checks = {"within": 0.9, "modes": 60.0, "mode_min": 0.1, "mode_max": 2.0}
+    checks = {"within": 0.9, "modes": 60.0, "mode_min": 0.1, "mode_max": 2.0, "even": 0.1}
     last = {"l1_last": value, "l1_data_last": value, "per_class": [value] * 8, "per_class_mean": value}
-    return Row(value, value + 1, 5.0, {**checks, **last})
+    return Row(value, value + 1, 5.0, {**checks, **last, "teraflops": 1.0})
 
 
 def results(rows: dict, tmp_path: Path, seeds=(0, 1), **more) -> dict:
@@ -178,7 +178,7 @@ def test_every_number_stands_where_it_stood(tmp_path):
     own = ("/parameters", "/classes_of_data", "/partition")  # of msd.py
     golden = {k for k in GOLDEN["dm"]["results"]["results.json"] if not k.startswith(own)}
     assert set(numbers(made)) == golden | {"/teacher/l1_data_sd"}
-    row = Row(0.1, 0.2, 3.0, {k: 1.0 for k in ("within", "modes", "mode_min", "mode_max")})
+    row = Row(0.1, 0.2, 3.0, {k: 1.0 for k in ("within", "modes", "mode_min", "mode_max", "even", "teraflops")})
     drift = {"drift-far": {0: [Row(more={"distance": 1.0})]}}
     made = results({"o2mkd": {4: [row]}, **drift}, tmp_path, (0,), method="o2mkd")
     own = ("/cost", "/edges", "/steps", "/stages/loss", "/stages/drift-n")  # of o2mkd.py
@@ -223,7 +223,8 @@ def test_the_table_shows_every_row_and_no_empty_column(tmp_path):
     lines = evaluate.table(made).splitlines()
     assert [" ".join(line.split()[:3]) for line in lines[1:-1]] == [
         "teacher, 15 evaluations", "64-point Heun 0.0625", "1 student, dm", "8 students, dm", "8 students, adm"]
-    assert lines[0].split() == ["l1", "l1_data", "within", "modes", "mode_min", "mode_max", "seconds"]
+    assert lines[0].split() == ["l1", "l1_data", "within", "modes", "mode_min", "mode_max", "seconds",
+                                "teraflops"]
     assert len({len(line) for line in lines[:-1]}) == 1
     assert "l1_sd" in evaluate.table(results({"dm": {1: [full(0.5), full(0.3)]}}, tmp_path)).splitlines()[0]
     cost = {"0": {"parameters": 24162, "multiply_adds": 353000}, "4": {"parameters": 6450}}
@@ -245,7 +246,7 @@ def test_report_writes_prints_and_draws(tmp_path, capsys, monkeypatch):
     assert numbers(run.load_json(tmp_path / "results-XS.json")) == numbers(made)
     text = capsys.readouterr().out
     assert "8 students, dm" in text and "a verdict" in text
-    assert f"results: {tmp_path}/results.json\nfigures: {tmp_path}/figures/figure4.png" in text
+    assert f"results: {tmp_path}/results.json\nfigures: {tmp_path}/figures/l1.png" in text
 
 
 # ------------------------------------------------------------- verdicts
@@ -278,7 +279,7 @@ def test_comparison_is_a_line_of_the_seeds():
     a, b = ([{"l1": v} for v in values] for values in ([1.0, 2.0], [2.0, 4.0]))
     line = evaluate.comparison("a below b?", a, b, "l1")
     assert line == ("a below b?: 1.5000 against 3.0000, ratio 0.50, "
-                    "paired difference 1.5000 ± 0.5000 (standard error), n = 2: does not hold")
+                    "paired difference 1.5000 ± 0.5000 (standard error), p = 0.1, n = 2: does not hold")
 
 
 @pytest.mark.parametrize("stages, more, questions", [

@@ -23,7 +23,7 @@ from conftest import ROOT, refused, same
 from flags import UserError
 from plot import draw
 from run import RETIRED, load_json, load_shards, load_tensors, save_json
-from students import Students, whole
+from students import Students, random_start, whole
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 SMOKE = ["--preset", "smoke"]
@@ -67,7 +67,7 @@ def test_route_gives_each_sample_to_its_own_student():
     def G(x, sigma, block_label):
         calls.append(x.shape[0])
         return x / 80 + torch.arange(3.0)[:, None, None]
-    students, router = Students(data.facts("toy"), parts, G, [], 0.0), msd.Router(parts)
+    students, router = Students(data.facts("toy"), parts, G, [], 0.0, 0.0), msd.Router(parts)
     torch.testing.assert_close(msd.route(students, router, z, label), z + router(label)[:, None])
     assert msd.route(students, router, z[:1], label[:1]).shape == (1, 2) and calls == [3, 3]
 
@@ -141,7 +141,7 @@ def test_interrupted_runs_resume_bit_for_bit(run, tmp_path, moment, count):
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(run, tmp_path):
-    argv = f"--students 3 --teacher {run}/seed0/teacher/ema.pt --steps 9000 --save-every 100 --eval-every 9000"
+    argv = f"--students 3 --teacher {run}/seed0/teacher/ema.pt --steps 9000 --save-every 97 --eval-every 9000"
     state = tmp_path / "seed0/students3/dm/state.pt"
     command = [sys.executable, str(ROOT / "msd.py"), *SMOKE, *argv.split(), "--out", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -151,7 +151,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(run, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "the same command goes on" in err and "Traceback" not in err
-    assert load_tensors(state)["step"] % 100 > 0
+    assert load_tensors(state)["step"] % 97 > 0
 
 
 def test_students_do_not_notice_their_neighbours(run, tmp_path):
@@ -181,13 +181,27 @@ def test_a_deleted_file_of_a_finished_run_is_made_again(run, tmp_path, name):
 
 # ------------------------------------------------------- what is left
 
+def test_random_weights_are_of_the_seed():
+    """--init random: another net for every seed, the same for all students of one."""
+    hashes = [common.fingerprint(random_start(data.facts("toy"), "B", seed).load()) for seed in (1, 2, 1)]
+    assert hashes[0] == hashes[2] != hashes[1]
+
+
+def test_one_student_trains_along(tmp_path, capsys):
+    """On the toy K = 1 stands beside what was asked for, whatever the partition, and is measured."""
+    assert msd.main([*SMOKE, "--students", "4", "--partition", "kmeans", "--out", str(tmp_path)]) == 0
+    assert "K = 1, 4" in capsys.readouterr().out
+    assert list(load_json(tmp_path / "results-kmeans.json")["students"]) == ["1", "4"]
+    assert msd.parse(msd.Flags, msd.PRESETS, ["--dataset", "fashion-mnist", "--students", "5"]).students == [5]
+
+
 def test_results_and_figures(run):
     results = load_json(run / "results.json")
     assert results["seeds"] == [0, 1] and set(results["students"]) == {"1", "3"} and results["metric"] == "l1"
     row = results["students"]["3"]
     assert row["l1"] == pytest.approx(np.mean([p["l1"] for p in row["per_seed"]])) and len(row["per_class"]) == 8
     figures = draw(run)
-    assert [path.stem for path in figures] == ["figure4", "l1", "students", "training", "teacher"]
+    assert [path.stem for path in figures] == ["figure4", "why", "training", "teacher"]
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in figures)
     config = load_json(run / "seed1/students3/dm/config.json")
     assert config["partition"] == [[0, 1, 2], [3, 4, 5], [6, 7]] and "out" not in config and "device" not in config
@@ -235,4 +249,4 @@ def test_f_decides_what_a_student_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(msd, "filter_dm", lambda D, Y_k: D._replace(conditions=Y_k[:1]))
     with pytest.raises(SystemExit):
         msd.main(["--preset", "smoke", "--students", "2", "--out", str(tmp_path)])
-    assert asked == [[0], [4]]
+    assert asked == [[0], [0], [4]]  # of K = 1, and of K = 2

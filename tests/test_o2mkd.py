@@ -286,7 +286,7 @@ def test_a_run_leaves_results_and_figures(noise):
     exact = sum(p.numel() for name, p in net if p.shape[1] > 1 and name != "table")
     assert four["parameters"] == 4 * one["parameters"] and four["multiply_adds"] == one["multiply_adds"]
     assert one["multiply_adds"] < teacher["multiply_adds"] == exact * 15
-    names = {f"{n}-o2mkd.png" for n in ("samples", "students", "losses", "drift", "curve")}
+    names = {f"{n}-o2mkd.png" for n in ("samples", "losses", "drift", "curve")}
     assert {p.name for p in (noise / "figures").glob("*-o2mkd.png")} == names
 
 
