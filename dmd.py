@@ -117,20 +117,18 @@ PRESETS = {
 # ---- the losses
 
 def dm_gradient(x: Tensor, mu_real: Tensor, mu_fake: Tensor, sigma: Tensor, normaliser: str = "mean_abs",
-                clip: float | None = None, sigma_data: float = 0.5) -> Tensor:
+                sigma_data: float = 0.5) -> Tensor:
     """Gradient of the KL divergence in the generated sample x, [..., *shape] [MSD Eq. 6].
 
     With scores s(x_t) = -(x_t - mu) / sigma^2 [MSD Eq. 7], w_t (s_fake - s_real) = (w_t / sigma^2) (mu_fake - mu_real):
     x_t cancels. A step against it moves x towards mu_real and away from mu_fake. The paper's w_t = sigma^2 CS /
     ||mu_real - x||_1 [MSD App. D.2.1] divides by the sample's mean |x - mu_real| (`mean_abs`); `c_out` divides by
-    c_out(sigma): the gradient is in units of the network's output. `clip` bounds every coordinate. No gradient flows
-    through it."""
+    c_out(sigma): the gradient is in units of the network's output. No gradient flows through it."""
     if normaliser == "mean_abs":  # the floor: where x is already what mu_real says
         scale = edm.per_sample((x - mu_real).abs()).clamp(min=1e-5)
     else:  # c_out
         scale = sigma * sigma_data / (sigma ** 2 + sigma_data ** 2).sqrt()
-    grad = (mu_fake - mu_real) / edm.like(scale, x)
-    return (grad.clamp(-clip, clip) if clip else grad).detach()
+    return ((mu_fake - mu_real) / edm.like(scale, x)).detach()
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """Every picture, drawn from the files of a run folder alone: `python plot.py runs/toy [TAG]` draws them again.
 
---compare TAG TAG …: variants side by side (none: without a tag; TAG/dm: an earlier stage). The one file that imports
-matplotlib.
+The one file that imports matplotlib.
 """
 import argparse
 import csv
@@ -26,7 +25,7 @@ import images
 import run
 import students
 import toy_mog
-from flags import UserError, command
+from flags import command
 
 plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False,
                      "axes.titlesize": 11, "legend.frameon": False, "legend.fontsize": 8, "lines.markersize": 4})
@@ -385,22 +384,6 @@ def folder_of(out: Path, results: dict, tag: str, K, stage: str) -> Path:
     return by_noise if "method" in results else home / f"students{K}{suffix}" / stage
 
 
-def compare(out: Path, tags: list[str]) -> plt.Figure:
-    """The teacher and the largest K of each TAG or TAG/STAGE. UserError if they don't belong together."""
-    shown, seeds = [], set()
-    for name in tags:
-        tag, _, stage = name.partition("/")
-        tag = "" if tag == "none" else tag
-        results = run.load_json(out / f"results{run.suffix(tag)}.json", "seeds", "stages")
-        stage, seed = stage or list(results["stages"])[-1], results["seeds"][0]
-        seeds.add(seed)
-        if stage not in results["stages"] or len(seeds) > 1:
-            raise UserError(f"--compare {name}: no stage {stage}, or another first seed")
-        K, row = max(results["stages"][stage].items(), key=lambda item: int(item[0]))
-        shown.append((f"{name}, K = {K}, {stage.upper()}", row, folder_of(out, results, tag, K, stage)))
-    return side_by_side(out / f"seed{seed}", results, shown, f"{results['metric']}_data")
-
-
 def draw(out, tag: str = "") -> list[Path]:
     """Draw every figure that the files of a run folder allow; returns their paths."""
     out, suffix = Path(out), run.suffix(tag)
@@ -445,16 +428,12 @@ def draw(out, tag: str = "") -> list[Path]:
 
 @command
 def main(argv=None):
-    """Draw the figures of a run folder again, or its variants side by side."""
+    """Draw the figures of a run folder again."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("tag", nargs="?", default="")
-    parser.add_argument("--compare", nargs="+", metavar="TAG")
     given = parser.parse_args(argv)
-    if not given.compare:
-        return print(*draw(given.run, given.tag), sep="\n")
-    name = f"compare-{'-'.join(given.compare)}.png".replace("/", "-")
-    print(save(compare(given.run, given.compare), given.run / "figures" / name))
+    print(*draw(given.run, given.tag), sep="\n")
 
 
 if __name__ == "__main__":

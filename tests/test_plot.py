@@ -194,19 +194,6 @@ def test_figure8(tmp_path, drawn, sizes, ks, stages):
     whole(drawn, "figure8", *(f"{name}-XXS" for name in names))
 
 
-@pytest.mark.parametrize("m", ["l1", "fd"])
-def test_compare(tmp_path, drawn, m):
-    tags = ("", "XS", "b" * 80, "with-a-rather-long-name", "short", "filter")
-    for tag in tags:
-        msd_run(tmp_path, (1, 2), ("dm", "adm"), m, tag=tag)
-    plot.main([str(tmp_path), "--compare", "none"])
-    plot.main([str(tmp_path), "--compare", "none", *(tag for tag in tags if len(tag) not in (0, 80)), "none/dm"])
-    whole(drawn, "compare-none", "compare-none-XS-with-a-rather-long-name-short-filter-none-dm")
-    drawn.clear()
-    plot.main([str(tmp_path), "--compare", *tags[1:3], "XS/dm"])
-    whole(drawn, f"compare-XS-{'b' * 80}-XS-dm")
-
-
 @pytest.mark.parametrize("ns, m, more, names", [
     ((4,), "l1", {}, ()), ((4,), "fd", {}, ()), ((1,), "l1", {"curve": (20,), "levels": 3}, ("curve",)),
     ((1, 2, 4, 8, 64), "l1", {"curve": (10, 20, 37, 40, 80), "seeds": 5}, ("curve",)),
@@ -269,9 +256,7 @@ def test_files_are_written(tmp_path):
 
 @pytest.mark.parametrize("argv, words", [
     ([], "run"), (["{out}/none"], "results.json"), (["{out}", "XL"], "results-XL.json"),
-    (["{out}", "../XS"], "results-../XS.json"), (["{out}", "--compare", "none", "XL/dm"], "results-XL.json"),
-    (["{out}", "--compare", "none/adm"], "no stage adm"),
-    (["{out}", "--compare", "none", "XS"], "another first seed"), (["{out}", "XS"], "report")])
+    (["{out}", "../XS"], "results-../XS.json"), (["{out}", "XS"], "report")])
 def test_refused(tmp_path, capsys, argv, words):
     msd_run(tmp_path, (1,))
     rows = {"1": row(0.2, "l1", 1)}
