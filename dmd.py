@@ -16,15 +16,16 @@ Departures from the paper, on the toy (`--preset paper`: App. D.1's numbers; whe
  1. The KL term's lowest noise bin falls from 200 to 0 in the first 60 % of the updates (--anneal): under much noise
     modes still exchange mass, sharp ones no longer do. mu_fake gets a head start (--fake-warmup).
  2. w_t = sigma^2 / c_out(sigma): the paper's sigma^2 / mean |x - mu_real| divides, in 2-D, by a mean of two numbers.
- 3. The KL term sees bins 0 to 300 of 1000 (sigma <= 0.33), not 0 to 749: the rings have radius 0.1. So does mu_fake.
+ 3. The KL term sees bins 0 to 300 of 1000 (sigma <= 0.32), not 0 to 749: the rings have radius 0.1.
  4. Four noise draws per sample, one per quarter of the bins, averaged: they need no backward pass through G.
  5. AdamW betas (0.5, 0.99) and two updates of mu_fake per update of G: mu_fake lags behind G, and momentum 0.9 turns
     that lag into oscillation: modes come and go.
  6. RMS distance, at weight 0.4, for LPIPS at 0.25, which needs images.
  7. An average of G's weights is kept, at the best of several evaluations on latents that are not reported [App. E].
  8. 2 500 updates at 1e-2 and 5e-3 that decay linearly, not 200 000 at 1e-7.
-On the small images (fashion-mnist): 1, 5, 7, larger learning rates that decay linearly, and the RMS distance for LPIPS,
-which costs a hundred times the network; w_t and the weight 0.25 are the paper's, the KL term's bins DMD's.
+On the small images (fashion-mnist): 7, the betas of 5, regression alone at first and a head start for mu_fake, larger
+learning rates that decay linearly, and the RMS distance for LPIPS, which costs a hundred times the network; w_t and the
+weight 0.25 are the paper's, the KL term's bins DMD's.
 
 Run      python dmd.py --dataset toy
 Many GPUs    torchrun --nproc-per-node 8 dmd.py --dataset imagenet64 --teacher edm-imagenet-64x64-cond-adm.pkl
@@ -64,7 +65,7 @@ class Flags:
     dm_weight: float = flag(1.0, "weight of the KL term; 0 = regression only", low=0)
     reg_weight: float = flag(0.4, "weight of the regression term beside the KL term; 0 = none", low=0)
     reg_warmup: int = flag(0, "first updates of G by regression alone (its weight is then 1)", low=0)
-    fake_warmup: int = flag(400, "head start of mu_fake: its updates before the KL term, and at ADM's start", low=0)
+    fake_warmup: int = flag(400, "head start of mu_fake: updates when the KL term sets in, and at ADM's start", low=0)
     ttur: int = flag(2, "updates of the fake denoiser per update of G", low=1)
     draws: int = flag(4, "noise draws per generated sample in the KL term", low=1)
     bins: Bins = flag(Bins(0, 300), "lowest and highest noise bin of the KL term, of 1000")
@@ -80,7 +81,7 @@ class Flags:
 
     @property
     def fake_bins(self) -> Bins:
-        """The fake denoiser trains on 20 bins more at either end, as in DMD."""
+        """The fake denoiser trains on 20 bins more at either end, where there are so many, as in DMD."""
         return Bins(max(0, self.bins.low - 20), min(999, self.bins.high + 20))
 
 

@@ -309,9 +309,9 @@ def verdict(a: list[float], b: list[float]) -> dict:
     """Is a below b, paired by seed? Holds if a one-sided t test of b - a gives p <= 0.05."""
     difference = [y - x for x, y in zip(a, b, strict=True)]
     n, mean = len(difference), sum(difference) / len(difference)
-    from scipy.special import stdtr  # slow to import, and only here
     if n == 1:
         return {"mean": mean, "error": None, "n": n, "p": None, "verdict": "measured"}
+    from scipy.special import stdtr  # slow to import, and only here
     error = math.sqrt(sum((d - mean) ** 2 for d in difference) / (n - 1) / n)
     p = float(stdtr(n - 1, -mean / error)) if error else 0.5 - 0.5 * ((mean > 0) - (mean < 0))
     return {"mean": mean, "error": error, "n": n, "p": p, "verdict": "holds" if p <= 0.05 else "does not hold"}
@@ -382,7 +382,7 @@ def compare(out: Path, names: list[str]) -> list[str]:
 
 @command
 def main(argv=None):
-    """Compare variants of a run folder."""
+    """Compare variants of a run folder; p is of one comparison alone."""
     parser = argparse.ArgumentParser(description=compare.__doc__)
     parser.add_argument("run", type=Path, help="the run folder")
     parser.add_argument("--compare", nargs="+", metavar="TAG", required=True, help="the first with each of the others")

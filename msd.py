@@ -50,7 +50,7 @@ class Flags:
     tsm: tsm.Flags
     adm: adm.Flags
     cd: consistency.Flags
-    students: list[int] = flag([8], "numbers of students K", low=1)
+    students: list[int] = flag([8], "numbers of students K; on the toy 1 trains along", low=1)
     student: int = flag(-1, "train only this student of each K, for a job array; -1 = all", low=-1)
     partition: str = flag("consecutive", "consecutive, random, kmeans (of label embeddings), quadrant (K = 4), "
                                          "or a file, a line per student")
@@ -98,6 +98,7 @@ CONFLICTS = [  # (is it so?, what to say), for flags.check
      "--dm-weight 0, without --reg-weight or --gan-weight: nothing is left to train on"),
     (lambda f: "dm" in f.order() and f.dm.dm_weight > 0 and dmd.first_kl_step(f.dm) >= f.dm.steps,
      "--reg-warmup: not below --steps: no KL term"),
+    (lambda f: f.dm.anneal > f.dm.bins.high, "--anneal {f.dm.anneal}: above the highest of --bins"),
     (lambda f: f.dm.distance == "lpips" and facts_of(f).stacked, "--distance lpips: needs images"),
     (lambda f: not facts_of(f).stacked and min(f.dm.pairs, f.dm.select_samples) < 2 * facts_of(f).classes,
      "--pairs and --select-samples: at least two per class"),

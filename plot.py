@@ -236,7 +236,7 @@ def samples_of(home: Path, results: dict, folder: Path | None) -> tuple[torch.Te
     return x, data.stratified(len(x), data.facts(results["dataset"]).classes)
 
 
-def side_by_side(home: Path, results: dict, shown: list, m: str, of_k=None) -> plt.Figure:
+def side_by_side(home: Path, results: dict, shown: list, m: str, of_k: dict) -> plt.Figure:
     """[MSD Fig. 4, 9]: samples of the teacher and of students [(who, row, folder)], with their distance m; of the toy
     also this distance against K, of rows of_k {K: row}."""
     n = 2 * results["steps"] - 1 if "method" in results else results["teacher"]["evaluations"]  # kept samples: Heun's
@@ -245,84 +245,88 @@ def side_by_side(home: Path, results: dict, shown: list, m: str, of_k=None) -> p
         first = row["per_seed"][0]
         title = f"{who}: {distance(results, m)} {short(first[m if m in first else 'floor'])}"
         sets[title] = samples_of(home, results, folder)
-    if results["metric"] == "l1":
-        fig, axes = points(sets, data.facts(results["dataset"]).meaning, of_k is not None)
-        for K, row in (of_k or {}).items():
-            y = [seed[m] for seed in row["per_seed"]]
-            axes[0, -1].plot([int(K)] * len(y), y, "o", color="C0")
-        if of_k:
-            axes[0, -1].axhline(results["floor" if m == "l1" else "floor_data"], ls=":", color="k", lw=1)
-            axes[0, -1].set_xscale("log", base=2)
-            axes[0, -1].xaxis.set_major_formatter("{x:.3g}")
-            axes[0, -1].set(xlabel="students (dotted: two draws)", title=distance(results, m), ylim=(0, None),
-                            box_aspect=1)
-        return fig
-    x, label = [*sets.values()][-1]
-    pick = torch.cat([(label == c).nonzero()[:8, 0] for c in label.unique()[:12]])
-    return image_panels({title: images.to_uint8(x[pick]) for title, (x, _) in sets.items()}, 8)
+    if results["metric"] != "l1":
+        x, label = [*sets.values()][-1]
+        pick = torch.cat([(label == c).nonzero()[:8, 0] for c in label.unique()[:12]])
+        return image_panels({title: images.to_uint8(x[pick]) for title, (x, _) in sets.items()}, 8)
+    fig, against = points(sets, data.facts(results["dataset"]).meaning)
+    for K, row in of_k.items():
+        y = [seed[m] for seed in row["per_seed"]]
+        against.plot([int(K)] * len(y), y, "o", color="C0")
+    against.axhline(results["floor" if m == "l1" else "floor_data"], ls=":", color="k", lw=1)
+    against.set_xscale("log", base=2)
+    against.xaxis.set_major_formatter("{x:.3g}")
+    against.set(xlabel="students (dotted: two draws)", title=distance(results, m), ylim=(0, None), box_aspect=1)
+    return fig
 
 
-def points(sets: dict, meaning, more: int = 0, number: int = 20_000):
-    """Samples {title: (x [N, 2], label [N])}, below one ring of them close up; red: astray, beyond 4 std of a Gaussian
-    of the sample's class (circles). meaning(label): the class; more: free panels after them."""
-    n = len(sets) + more
-    fig, axes = plt.subplots(2, n, figsize=(3.6 * n, 7.8), layout=Whole(), squeeze=False)
-    for ax in axes[1, len(sets):]:
-        ax.axis("off")
+CLOSE_UP = VIEW | dict(xlim=(0.36, 0.64), ylim=(-0.14, 0.14))  # of class 0
+
+
+def points(sets: dict, meaning, number: int = 20_000):
+    """Samples {title: (x [N, 2], label [N])}, below class 0 close up; red: astray (circles: 4 std). meaning(label): the
+    class. Returns the figure, and a free panel."""
+    fig, axes = plt.subplots(2, 1 + len(sets), figsize=(3.6 + 3.6 * len(sets), 7.8), layout=Whole())
+    axes[1, -1].axis("off")
     for (title, (x, label)), whole, ring in zip(sets.items(), *axes):
-        astray = toy_mog.nearest(x, meaning(label))[0] > 4 * toy_mog.STD
-        for ax, size in ((whole, 0.5), (ring, 4)):
+        astray = toy_mog.astray(x, meaning(label))
+        for ax, view, size in ((whole, VIEW, 0.5), (ring, CLOSE_UP, 4)):
             for which, colour in ((~astray[:number], "0.25"), (astray[:number], "C3")):
-                ax.scatter(*x[:number][which].T, s=size, c=colour, lw=0, rasterized=True)
-            ax.set(xticks=[], yticks=[], **VIEW)
+                ax.scatter(*x[:number][which].T, s=size, c=colour, lw=0)
+            ax.set(xticks=[], yticks=[], **view)
         whole.set(title=title, xlabel=f"astray: {astray.double().mean():.1%}", ylabel="")
-        ring.set(xlim=(0.36, 0.64), ylim=(-0.14, 0.14), xlabel="class 0 close up", ylabel="")
+        ring.set(xlabel="class 0 close up", ylabel="")
         for m in toy_mog.means()[0].numpy():
             ring.add_patch(plt.Circle(m, 4 * toy_mog.STD, fill=False, lw=0.8))
     fig.suptitle(f"{min(number, len(x)):,} samples each; red: beyond 4 std of every Gaussian of their class")
-    return fig, axes
+    return fig, axes[0, -1]
+
+
+def why(home: Path, results: dict, folders: dict) -> plt.Figure:
+    """What DM does to class 0 at its first checkpoint and its last, and whose latents go astray; folders {K: of DM}."""
+    fig, axes = plt.subplots(2, 3, figsize=(12.6, 8.4), layout=Whole())
+    for (field, fake, _), name in zip(axes, ("state.first.pt", "state.pt")):
+        pull(field, fake, home / "teacher" / "ema.pt", folders[max(folders)], name)
+    for ax, K in zip(axes[:, 2], (min(folders), max(folders))):
+        x, label = samples_of(home, results, folders[K])
+        z = torch.randn(*x.shape, generator=common.generator(results["seeds"][0], "report z"))
+        of_0 = (data.facts(results["dataset"]).meaning(label) == 0).nonzero()[:2500, 0]
+        z, x, label = z[of_0], x[of_0], torch.zeros(len(of_0)).long()
+        mode, astray = toy_mog.nearest(x, label)[1], toy_mog.astray(x, label)
+        ax.scatter(*z[~astray].T, s=4, c=mode[~astray], cmap="Pastel1")
+        ax.scatter(*z[astray].T, s=4, color="C3")
+        ax.set(title=f"Latents by the mode they reach, K = {K}; red: astray", xlabel="$z_1$", ylabel="$z_2$",
+               aspect="equal", xlim=(-3, 3), ylim=(-3, 3))
+    return fig
 
 
 @torch.no_grad()
-def why(home: Path, results: dict, folders: dict) -> plt.Figure:
-    """What distribution matching does to class 0, at the first checkpoint and at the last, and whose latents go astray.
-
-    folders {K: folder of DM}. Arrows: a descent step of the KL term at sigma = 0.03, mu_real - mu_fake."""
-    facts, names, K = data.facts(results["dataset"]), ("state.first.pt", "state.pt"), max(folders)
-    fig, axes = plt.subplots(2, 3, figsize=(12.6, 8.4), layout=Whole())
-    teacher, size = students.load_network(home / "teacher" / "ema.pt"), results["size"]
-    levels, noise = edm.level(torch.arange(280, -1, -5)), common.latents(range(1500, 3000), facts.shape)
-    x = torch.cartesian_prod(*[torch.linspace(-0.13, 0.13, 20)] * 2)[None]
-    x, z = x + torch.tensor([toy_mog.OUTER, 0.0]), common.latents(range(1500), facts.shape)[None]
-    sigma, at, label = torch.full(x.shape[:2], 0.03), torch.zeros(x.shape[:2]).long(), torch.zeros(z.shape[:2]).long()
-    for (field, fake, _), name in zip(axes, names):
-        saved = run.load_tensors(folders[K] / name)
-        G, mu_fake = (edm.Precond(facts.net(1, of), facts.sigma_data) for of in (size, teacher.size))
-        for net, part in ((G, "G"), (mu_fake, "mu_fake")):
-            net.load_state_dict({name: value[:1] for name, value in saved["parts"][part].items()})
-        made, gap = dmd.one_step(G, z, label)[0], (teacher.net(x, sigma, at) - mu_fake(x, sigma, at))[0]
-        field.quiver(*x[0].T, *gap.T, color="C0", angles="xy")
-        field.set_title(f"The KL term's pull after {saved['step']} updates")
-        x_t = made[None] + levels[0] * noise
-        for a, b in zip(levels, [*levels[1:], 0]):  # its ODE, by Euler's method
-            x_t = x_t + (b - a) * (x_t - mu_fake(x_t, a.expand(label.shape), label)) / a
-        fake.scatter(*x_t[0].T, s=3, color="C1")
-        fake.set_title("The fake denoiser follows: G's samples (grey), noised, then back by its ODE")
-        for ax in (field, fake):
-            ax.scatter(*made.T, s=3, color="0.4", zorder=0)
-            ax.set(**VIEW | dict(xlim=(0.36, 0.64), ylim=(-0.14, 0.14)))
-    number = 20_000
-    z = torch.randn(results["samples"], 2, generator=common.generator(results["seeds"][0], "report z"))[:number]
-    for ax, k in zip(axes[:, 2], (min(folders), K)):
-        x, label = samples_of(home, results, folders[k])
-        own = facts.meaning(label[:number]) == 0
-        gap, mode = toy_mog.nearest(x[:number][own], torch.zeros(int(own.sum())).long())
-        astray = gap > 4 * toy_mog.STD
-        ax.scatter(*z[own][~astray].T, s=4, c=mode[~astray], cmap="Pastel1")
-        ax.scatter(*z[own][astray].T, s=4, color="C3")
-        ax.set(title=f"Latents by the mode they reach, K = {k}; red: astray", xlabel="$z_1$", ylabel="$z_2$",
-               aspect="equal", xlim=(-3, 3), ylim=(-3, 3))
-    return fig
+def pull(field, fake, teacher: Path, folder: Path, name: str, number: int = 1500) -> None:
+    """Two panels of a checkpoint of DM, of the student of class 0, whose samples (G's own weights, not the average) are
+    grey: mu_real - mu_fake at sigma = 0.03, and these samples noised to 0.3 and taken back by mu_fake's ODE."""
+    D, best, saved = *map(students.load_network, (teacher, folder / "best.pt")), run.load_tensors(folder / name)
+    row = next(k for k, Y_k in enumerate(best.parts) if 0 in Y_k)
+    nets = []
+    for part, size in (("G", best.size), ("mu_fake", D.size)):
+        nets.append(edm.Precond(D.facts.net(1, size), D.facts.sigma_data))
+        nets[-1].load_state_dict({key: value[row:row + 1] for key, value in saved["parts"][part].items()})
+    (G, mu_fake), at = nets, torch.tensor([toy_mog.OUTER, 0.0])  # the centre of class 0
+    grid = at + torch.cartesian_prod(*[torch.linspace(-0.13, 0.13, 20)] * 2)[None]  # [1, 400, 2]
+    sigma, label = torch.full(grid.shape[:2], 0.03), torch.zeros(grid.shape[:2]).long()
+    arrow = D.net(grid, sigma, label) - mu_fake(grid, sigma, label)
+    field.quiver(*grid[0].T, *arrow[0].T, color="C0", angles="xy", scale=0.6)
+    field.set_title(f"The KL term's pull after {saved['step']} updates")
+    z, noise = common.latents(range(2 * number), (2,)).unflatten(0, (2, 1, number))  # [1, number, 2] each
+    label = torch.zeros(z.shape[:2]).long()
+    made, levels = dmd.one_step(G, z, label), edm.level(torch.arange(280, -1, -5))  # 0.26 … 0.002
+    x = made + levels[0] * noise
+    for a, b in zip(levels, [*levels[1:], 0]):  # Euler's method
+        x = x + (b - a) * (x - mu_fake(x, a.expand(label.shape), label)) / a
+    fake.scatter(*x[0].T, s=3, color="C1")
+    fake.set_title("The fake denoiser follows: G's samples (grey), noised, then back by its ODE")
+    for ax in (field, fake):
+        ax.scatter(*made[0].T, s=3, color="0.4", zorder=0)
+        ax.set(**CLOSE_UP)
 
 
 def scatter(panels: dict, owner, number: int, what: str):
@@ -408,7 +412,8 @@ def draw(out, tag: str = "") -> list[Path]:
             figures["curve"] = steps_curve(results)
     else:
         kept = [folder(ks[-1], "dm") / "state.first.pt", home / "teacher" / "ema.pt"]
-        if toy and all(map(Path.exists, kept)) and "gap" in read_metrics(kept[0].parent):
+        drawn = toy and all(map(Path.exists, kept)) and "cfg" not in results["configs"]["dm"]
+        if drawn and "gap" in read_metrics(kept[0].parent):
             figures["why"] = why(home, results, {K: folder(K, "dm") for K in ks})
         for stage in filter(rows.get, PANELS):
             name, m = ("gan", aim(results, rows)) if stage == "adm" else ("training", results["metric"])

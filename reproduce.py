@@ -199,8 +199,8 @@ def judge(comparisons: dict, numbers: dict[str, list[float]]) -> tuple[str, dict
         n = min(len(low), len(high))  # the seeds that both have
         found[comparison] = evaluate.verdict(low[:n], high[:n])
     tested = [v for v in found.values() if v["p"] is not None]
-    forth, back = (evaluate.holm([abs(way - v["p"]) for v in tested]) for way in (0, 1))
-    for v, p, reverse in zip(tested, forth, back):
+    p_of_claim, p_of_reverse = [v["p"] for v in tested], [1 - v["p"] for v in tested]
+    for v, p, reverse in zip(tested, evaluate.holm(p_of_claim), evaluate.holm(p_of_reverse)):
         v["p"] = min(p, reverse)
         v["verdict"] = "holds" if p <= 0.05 else "the reverse holds" if reverse <= 0.05 else "not told apart"
     n, count = len(found), Counter(v["verdict"] for v in found.values())
@@ -277,7 +277,8 @@ def section(claim: Claim, jobs: dict[str, Job], figures: Path) -> tuple[str, lis
     for name, of_seed in rows.items():
         cells = [mean_sd([row[m] for row in of_seed]) if m in of_seed[0] else "" for m in columns]
         text.append(f"| {' | '.join([name, *cells])} | {len(of_seed)} |")
-    text += ["", "| comparison | difference ± standard error | n | p | verdict |", "|---|---|---|---|---|"]
+    text += ["", "| comparison | difference ± standard error | n | p (Holm), of the nearer verdict | verdict |",
+             "|---|---|---|---|---|"]
     for comparison, v in found.items():
         error = "" if v["error"] is None else f" ± {v['error']:.4f}"
         p = "" if v["p"] is None else f"{v['p']:.2g}"

@@ -98,8 +98,9 @@ def device(name: str) -> torch.device:
 def keep_memory() -> None:
     """Tell glibc to keep what is freed: else half of a large forward pass is fetching the same pages again."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-        for threshold in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-            ctypes.CDLL(None).mallopt(threshold, 1 << 30)
+        library = ctypes.CDLL(None)
+        if library.mallopt(-3, 1 << 30):  # M_MMAP_THRESHOLD of malloc.h; old ones refuse as much
+            library.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
 def start(flags: Flags) -> Ranks:
@@ -286,7 +287,8 @@ class Run:
                 signal.signal(number, handler)
 
     def _count(self, net: torch.nn.Module, args: tuple, out) -> None:
-        """Add a network's pass to the FLOPs; backward costs twice as much as forward, or once if net is frozen."""
+        """Add a network's pass to the FLOPs; backward costs twice as much as forward, or once if net is frozen. Without
+        what is no such network: ADM's head, O2MKD's projections, LPIPS."""
         if "bottleneck" not in vars(net):  # only the networks themselves
             return
         if net not in self.of_net:
@@ -362,9 +364,9 @@ class Run:
                 save_tensors(new, {"step": step, "seconds": self.seconds(), "flops": self.flops, "parts": own})
                 if path.exists():  # at any moment one of the two can be read
                     os.replace(path, folder / "state.prev.pt")
+                if step == self.save_every and self.keep_first:
+                    write_atomic(folder / "state.first.pt", lambda temporary: shutil.copyfile(new, temporary))
                 os.replace(new, path)
-                if self.keep_first and not (first := folder / "state.first.pt").exists():
-                    shutil.copyfile(path, first)
             self.rows.clear()
         self.last = step
         if self.stop:

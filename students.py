@@ -145,6 +145,7 @@ def first_start(flags, s: Student, given) -> Student:
         start = random_start(given.facts, size, s.seed)
     elif init == "tsm":
         start = start_from(tsm_home(flags, s, size), "ema.pt", 0 if flags.tsm.common else s.k)
+        start = replace(start, flops=start.flops / s.K) if flags.tsm.common else start
     elif stage in ONE_STEP:
         start = start_from(stage_folder(flags, s.seed, s.K, stage, tag), "best.pt", s.k, s.classes)
     else:
@@ -368,10 +369,10 @@ def _train(stage, folders: dict, inputs: dict, flags, ranks: Ranks) -> None:
     first, facts = students[0], inputs[students[0].seed].facts
     title = stage.NAME if facts.stacked or stage is edm else f"{stage.NAME}, {first}"
     training = run.Run(stage.NAME, students, slices, *stage.length(flags), facts.shape, flags.run.save_every,
-                       flags.run.micro_batch, ranks, title, facts.stacked)
+                       flags.run.micro_batch, ranks, title, facts.stacked and stage is dmd)
     kept = stage.train(training, flags, Task(stage, students, shares, inputs, flags, ranks))
     for folder, slots in slices.items() if training.main else ():
-        cost = {"seconds": training.seconds(), "flops": training.flops + first.start.flops}
+        cost = {"seconds": training.seconds(), "flops": training.flops + students[slots][0].start.flops}
         about = {"dataset": facts.name, "resolution": facts.resolution, "size": first.start.size, **cost}
         about |= {} if stage is edm else {"partition": [s.classes for s in students[slots]]}
         save_json(folder / "done.json", cost)

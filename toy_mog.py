@@ -196,21 +196,25 @@ def l1(h: Tensor, h_ref: Tensor) -> float:
     return 0.5 * (h / h.sum() - h_ref / h_ref.sum()).abs().sum().item()
 
 
+def astray(x: Tensor, label: Tensor) -> Tensor:
+    """Which of the points x [N, 2] lie beyond 4 std of every Gaussian of their class label [N]?"""
+    return nearest(x, label)[0] > 4 * STD
+
+
 def nearest(x: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """Distance [N] of points x [N, 2] from the nearest Gaussian of their class label [N], and which of MODES it is."""
     return (x[:, None] - means(x.device)[label]).norm(dim=-1).min(-1)
 
 
-def coverage(x: Tensor, label: Tensor, radius: float = 4.0) -> dict:
+def coverage(x: Tensor, label: Tensor) -> dict:
     """Where do the points x [..., 2] of the classes label [...] land?
 
-    within: share of points within `radius` std of a Gaussian of their own class (exact samples: 0.99966 at 4 std)
+    within: share of points that are not astray (exact samples: 0.99966)
     mode_min, mode_max: the emptiest and fullest Gaussian's share of all points, 1 = its fair share
     even: the emptiest one's share of the points within, 1 = its fair share: strays do not count
     modes: effective number of Gaussians (exp of the entropy of the shares of the points within), at most 64"""
     x, label = x.reshape(-1, 2), label.reshape(-1)
-    distance, mode = nearest(x, label)
-    near = distance < radius * STD
+    mode, near = nearest(x, label)[1], ~astray(x, label)
     seen = label.unique()
     count = torch.bincount((label * MODES + mode)[near], minlength=CLASSES * MODES).view(CLASSES, MODES)[seen].double()
     share = count.flatten() / len(x) * count.numel()
