@@ -411,9 +411,10 @@ def draw(out, tag: str = "") -> list[Path]:
         if any(stage.startswith("heun-") for stage in rows):
             figures["curve"] = steps_curve(results)
     else:
-        kept = [folder(ks[-1], "dm") / "state.first.pt", home / "teacher" / "ema.pt"]
-        drawn = toy and all(map(Path.exists, kept)) and "cfg" not in results["configs"]["dm"]
-        if drawn and "gap" in read_metrics(kept[0].parent):
+        dm, files = folder(ks[-1], "dm"), ("state.first.pt", "state.pt", "best.pt", "samples.pt")
+        needed = [*(dm / file for file in files), folder(ks[0], "dm") / "samples.pt", home / "teacher" / "ema.pt"]
+        drawn = toy and all(map(Path.exists, needed)) and "cfg" not in results["configs"]["dm"]
+        if drawn and "gap" in read_metrics(dm):
             figures["why"] = why(home, results, {K: folder(K, "dm") for K in ks})
         for stage in filter(rows.get, PANELS):
             name, m = ("gan", aim(results, rows)) if stage == "adm" else ("training", results["metric"])

@@ -6,7 +6,6 @@ correction; if b is below a so clearly, the reverse holds; else the two are not 
   python reproduce.py --list              the claims
   python reproduce.py --claim split,reg   two of them; killed, the same command goes on
   python reproduce.py --all               all of the toy: hours
-  python reproduce.py --all --quick       one seed, a fifth of all lengths; nothing but "measured"
   python reproduce.py                     train nothing: RESULTS.md, docs/claims, docs/data of what is there
 """
 import dataclasses
@@ -96,14 +95,8 @@ class Flags:
     claim: tuple[str, ...] = flag((), "such as split,reg", choices=tuple(CLAIMS))
     all: bool = flag(False, "all claims of the toy; name those on Fashion-MNIST")
     list: bool = flag(False, "print the claims")
-    quick: bool = flag(False, "one seed, a fifth of all lengths, in OUT/quick")
     out: str = flag("runs/reproduce", "the run folder")
     dry_run: bool = flag(False, "print the commands that are still to do")
-
-
-def folder(f: Flags) -> Path:
-    """The run folder."""
-    return Path(f.out, "quick" if f.quick else "")
 
 
 # ---- runs
@@ -119,33 +112,16 @@ class Job(NamedTuple):
         return f"python {self.module.__name__}.py {shlex.join(self.argv)}"
 
 
-LENGTHS = ("steps", "reg_warmup", "fake_warmup", "eval_every", "eval_samples", "select_samples", "pairs")
-
-
-def shorter(f) -> list[str]:
-    """Flags that make all lengths a fifth; pairs that were typed are what a claim compares, and stay."""
-    argv = []
-    for group in filter(dataclasses.is_dataclass, [f, *vars(f).values()]):
-        for name, n in flags.values(group, *LENGTHS).items():
-            if name != "pairs" or f.source[name] != "flag":
-                argv += [flags.option(name), str(max(1, n // 5))]
-    return argv
-
-
 def job(name: str, f: Flags) -> Job:
     """A run of RUNS in this run folder; on another dataset than the toy, in a folder inside."""
     module = o2mkd if name.startswith("o2") else msd
-    argv, home = ["--students", *RUNS[name].split()], folder(f)
+    argv, home = ["--students", *RUNS[name].split()], Path(f.out)
     for word in {"--dataset", "--teacher-steps"} & {*argv}:  # of another teacher
         home /= argv[argv.index(word) + 1]
     argv += ["--out", str(home)]
     if name not in UNTAGGED:
         argv += ["--tag", name.removeprefix("o2-").removeprefix("fashion-")]
-    if f.quick:
-        argv += ["--seeds", "1", *shorter(flags.parse(module.Flags, module.PRESETS, argv))]
-    elif "--seeds" not in argv:
-        argv += ["--seeds", "5"]
-    argv += ["--seed", "1"]  # seed 0 is for tuning
+    argv += [*(() if "--seeds" in argv else ("--seeds", "5")), "--seed", "1"]  # seed 0 is for tuning
     values = flags.parse(module.Flags, module.PRESETS, argv).run
     path = home / f"results{'-o2mkd' * (module is o2mkd)}{suffix(values.tag)}.json"
     results = load_json(path, "stages", "teacher", "seeds") if path.exists() else {"seeds": []}
@@ -290,10 +266,9 @@ def section(claim: Claim, jobs: dict[str, Job], figures: Path) -> tuple[str, lis
 
 def write(jobs: dict[str, Job], f: Flags) -> None:
     """RESULTS.md, docs/claims (figures) and docs/data/RESULTS.json (every seed), of all that is there."""
-    home = folder(f)
+    home = Path(f.out)
     lines, bodies = zip(*(section(c, jobs, home / "docs/claims") for c in CLAIMS.values()))
-    kind = " with `--quick`: one seed, a fifth of all lengths" * f.quick
-    lines = [f"# Results\n\nWritten by `python reproduce.py`{kind}.{HEAD}", *lines]
+    lines = [f"# Results\n\nWritten by `python reproduce.py`.{HEAD}", *lines]
     text = "\n".join(sum(bodies, lines)) + "\n"
     write_atomic(home / "RESULTS.md", lambda t: t.write_text(text))
     kept = {c.id: {e.name: per_seed(e, jobs) or None for e in c.entries} for c in CLAIMS.values()}
@@ -313,7 +288,7 @@ def main(argv=None):
     names = needed([CLAIMS[id] for id in f.claim or (toy if f.all else ())])
     jobs = {name: job(name, f) for name in RUNS}
     todo = [name for name in names if not finished(name, jobs)]
-    print(f"reproduce: {len(todo)} of {len(names)} runs to do, into {folder(f)}")
+    print(f"reproduce: {len(todo)} of {len(names)} runs to do, into {f.out}")
     for i, name in enumerate(todo):
         print(f"[{i + 1}/{len(todo)}] {name}: {jobs[name]}", flush=True)
         if not f.dry_run:

@@ -321,6 +321,9 @@ def variants(tmp_path):
 def test_compare_k_by_k(variants, capsys):
     evaluate.main([str(variants), "--compare", "none", "reg", "none/dm"])
     lines = capsys.readouterr().out.splitlines()
+    other = [line for line in lines if "compared on" in line]
+    assert len(other) == 1 and "none/dm K = 1, 8: compared on 8" in other[0], other
+    lines.remove(*other)
     assert [line.split(",")[1] for line in lines] == [" none/adm below reg/dm"] * 2 + [" none/adm below none/dm"] * 2
     assert "to the teacher?: 0.2000 against 0.4000" in lines[0] and "to the data?: 1.2000 against 1.4000" in lines[1]
     evaluate.main([str(variants), "--compare", "none/dm", "o2mkd"])

@@ -169,6 +169,10 @@ def test_a_finished_run_is_reused_and_so_is_one_of_an_earlier_version(run, tmp_p
     assert "reused" in capsys.readouterr().out and {p: p.stat().st_mtime_ns for p in before} == before
     constants(tmp_path / "run", fake="kde")
     assert "fake (kde there" in refused(capsys, msd.main, argv)
+    constants(tmp_path / "run", fake="net")
+    path = tmp_path / "run/seed0/students3/dm/config.json"
+    save_json(path, {k: v for k, v in load_json(path).items() if k != "anneal"})  # as before there was this flag
+    assert "anneal (0 there, 200 now)" in refused(capsys, msd.main, argv)
 
 
 @pytest.mark.parametrize("name", ["best.pt", "state.pt"])
@@ -195,13 +199,28 @@ def test_one_student_trains_along(tmp_path, capsys):
     assert msd.parse(msd.Flags, msd.PRESETS, ["--dataset", "fashion-mnist", "--students", "5"]).students == [5]
 
 
+def test_why_shows_the_student_of_class_0(tmp_path, monkeypatch):
+    """Wherever it stands in the stack: at the first checkpoint and at the last."""
+    argv = [*SMOKE, "--students", "4", "--partition", "random", "--steps", "60", "--save-every", "30"]
+    assert msd.main([*argv, "--out", str(tmp_path)]) == 0
+    asked, original = [], dmd.one_step
+    monkeypatch.setattr(dmd, "one_step", lambda G, z, label: asked.append(G) or original(G, z, label))
+    assert "why" in [path.stem.removesuffix("-random") for path in draw(tmp_path, "random")]
+    home = tmp_path / "seed0/students4-random/dm"
+    row = [0 in Y_k for Y_k in load_json(home / "config.json")["partition"]].index(True)
+    for G, name, step in zip(asked, ("state.first.pt", "state.pt"), (30, 60), strict=True):
+        saved = load_tensors(home / name)
+        assert saved["step"] == step and row > 0
+        assert torch.equal(G.net.b_out[0], saved["parts"]["G"]["net.b_out"][row])
+
+
 def test_results_and_figures(run):
     results = load_json(run / "results.json")
     assert results["seeds"] == [0, 1] and set(results["students"]) == {"1", "3"} and results["metric"] == "l1"
     row = results["students"]["3"]
     assert row["l1"] == pytest.approx(np.mean([p["l1"] for p in row["per_seed"]])) and len(row["per_class"]) == 8
     figures = draw(run)
-    assert [path.stem for path in figures] == ["figure4", "why", "training", "teacher"]
+    assert [path.stem for path in figures] == ["figure4", "training", "teacher"]
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in figures)
     config = load_json(run / "seed1/students3/dm/config.json")
     assert config["partition"] == [[0, 1, 2], [3, 4, 5], [6, 7]] and "out" not in config and "device" not in config
