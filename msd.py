@@ -347,7 +347,7 @@ def report(flags: Flags, inputs: dict, parts: dict, device) -> int:
 
 def weights(facts: data.Facts, size) -> int:
     """Number of weights of a network, which is made without its memory."""
-    with torch.device("cpu" if facts.stacked else "meta"):  # that one is slow to set up
+    with torch.device("cpu" if facts.stacked else "meta"):
         return sum(p.numel() for p in facts.net(1, size).parameters())
 
 

@@ -100,7 +100,7 @@ def test_results_md_says_what_judge_finds():
             error, p = ("", "") if v["error"] is None else (f" ± {v['error']:.4f}", f"{v['p']:.2g}")
             assert f"\n| {text} | {v['mean']:.4f}{error} | {v['n']} | {p} | {v['verdict']} |\n" in sections[c.id]
         seen += len(found)
-    assert seen > 80
+    assert seen > 30
 
 
 def test_list_and_an_unknown_claim(capsys):
