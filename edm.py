@@ -12,7 +12,7 @@ Not here: loading, guidance, comparison with the exact denoiser (teacher.py), th
 
 Departures from the paper
  1. Noise law of the toy: ln sigma ~ N(-2.5, 1.5^2), and one draw in ten uniform on the Karras grid, without which the
-    students' level, 80, is never trained. EDM's (-1.2, 1.2) draws sigma < 0.005, the toy's std, once in 3 000 times.
+    students' level, 80, is hardly trained. EDM's (-1.2, 1.2) draws sigma < 0.005, the toy's std, once in 3 000 times.
     "1000 steps" read literally is `--noise-law bins`, the paper preset.
  2. Learning rate 2e-2 with cosine decay and 3 500 steps, not 1e-4 and 100 000 (`--preset paper`).
  3. The sampler takes 40 steps on the toy; far fewer miss the narrow modes even with the exact denoiser

@@ -197,8 +197,8 @@ def l1(h: Tensor, h_ref: Tensor) -> float:
 
 
 def astray(x: Tensor, label: Tensor) -> Tensor:
-    """Which of the points x [N, 2] lie beyond 4 std of every Gaussian of their class label [N]?"""
-    return nearest(x, label)[0] > 4 * STD
+    """Which of the points x [N, 2] are not within 4 std of a Gaussian of their class label [N]? Not-a-number is."""
+    return ~(nearest(x, label)[0] < 4 * STD)
 
 
 def nearest(x: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,7 +214,8 @@ def coverage(x: Tensor, label: Tensor) -> dict:
     even: the emptiest one's share of the points within, 1 = its fair share: strays do not count
     modes: effective number of Gaussians (exp of the entropy of the shares of the points within), at most 64"""
     x, label = x.reshape(-1, 2), label.reshape(-1)
-    mode, near = nearest(x, label)[1], ~astray(x, label)
+    distance, mode = nearest(x, label)
+    near = distance < 4 * STD
     seen = label.unique()
     count = torch.bincount((label * MODES + mode)[near], minlength=CLASSES * MODES).view(CLASSES, MODES)[seen].double()
     share = count.flatten() / len(x) * count.numel()

@@ -129,3 +129,9 @@ def test_prompts_see_their_embeddings():
     exact = toy_mog.denoiser(x, c_noise + 0.2, label % 8)
     assert torch.equal(facts.exact(x, c_noise + 0.2, label), exact)
     assert evaluate.toy_judge(facts).truth(0, 3200)["real"].shape[0] == 32
+
+
+def test_not_a_number_is_astray():
+    x, label = torch.tensor([[float("nan"), 0.0], [0.6, 0.0], [0.5, 0.0]]), torch.zeros(3, dtype=torch.int64)
+    assert toy_mog.astray(x, label).tolist() == [True, False, True]  # the second: a centre; the third: the ring's
+    assert toy_mog.coverage(x, label)["within"] == pytest.approx(1 / 3)
