@@ -134,7 +134,7 @@ def of_classes(Y_k: Tensor, label: Tensor, what: str) -> Tensor:
 def stages_of(flags: Flags) -> list[tuple]:
     """[(stage, its F)] in order; TSM: one for all, or one each [MSD App. D.2.2]."""
     known = {"tsm": (tsm, (lambda D, Y_k: D) if flags.tsm.common else filter_adm), "adm": (adm, filter_adm),
-             "dm": (dmd, filter_pairs if flags.dm.filter_pairs else filter_dm), "post": (post, filter_dm),
+             "dm": (dmd, filter_pairs if flags.dm.filter_pairs else filter_dm), "post": (post, filter_pairs),
              "cd": (consistency, filter_adm)}
     return [known[name] for name in flags.order() if name in known]
 

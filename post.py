@@ -1,7 +1,7 @@
 """Post-distillation, the paper's baseline for small students: imitate the best large ones [MSD Sec. 4.1, Table 1].
 
-A small student G learns z -> G_best(z) from the ADM students of full size of the same K, by the regression loss
-[MSD Eq. 9] on fresh latents: no teacher, no data, no fake denoiser.
+A small student G learns z -> G_best(z) from the ADM student of full size of the same K, by the regression loss
+[MSD Eq. 9] on the latents of the pairs of its classes: no teacher's answer, no data, no fake denoiser.
 
 Departures: the paper gives one sentence. Here: as many updates as the three stages together, DM's batch, schedule and
 averages, the learning rate of its regression phase; checkpoints are chosen by the data, as in ADM.
@@ -14,8 +14,8 @@ from common import AdamW, Average, learning_rate
 from dmd import one_step, regression_loss
 
 NAME, BY = "post", "real_select"  # the reference that a student's best checkpoint is nearest to: data
-USES = {name: f"dm.{name}" for name in ("batch", "beta1", "beta2", "decay", "warmup", "clip_norm", "ema", "distance",
-                                        "select_samples", "eval_every")}
+USES = {name: f"dm.{name}" for name in ("pairs", "batch", "beta1", "beta2", "decay", "warmup", "clip_norm", "ema",
+                                        "distance", "select_samples", "eval_every")}
 USES |= {"post_lr": "dm.reg_lr", "student_size": "student_size"}
 
 
@@ -31,7 +31,7 @@ def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
     state = dict(G=G, **average.state(), opt_G=opt_G)
     for step in run.steps(state):
         for batch in run.batches(step):  # one, unless ranks or --micro-batch ask for more
-            label, z = batch.label(), batch.normal("z")  # [M, b], [M, b, *shape]
+            z, _, label = task.pairs(batch)  # [M, b, *shape], [M, b]; of --pairs, a fixed set, as in DM
             with torch.no_grad():
                 y = one_step(task.imitated, z, label)
             opt_G.backward(regression_loss(one_step(G, z, label), y, task.distance))  # [MSD Eq. 9]

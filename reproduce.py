@@ -7,6 +7,8 @@ correction; if b is below a so clearly, the reverse holds; else the two are not 
   python reproduce.py --claim split,reg   two of them; killed, the same command goes on
   python reproduce.py --all               all of the toy: hours
   python reproduce.py                     train nothing: RESULTS.md, docs/claims, docs/data of what is there
+
+Where the run folder has nothing of a run, RESULTS.md shows what docs/data/RESULTS.json keeps of the same command.
 """
 import dataclasses
 import re
@@ -25,7 +27,7 @@ import plot
 from flags import flag
 from run import load_json, save_json, suffix, write_atomic
 
-CLAIMS_FILE = Path(__file__).parent / "docs/claims.txt"
+DOCS = Path(__file__).parent / "docs"
 
 
 # ---- the claims, docs/claims.txt
@@ -78,7 +80,7 @@ def claim(text: str) -> Claim:
     return Claim(rows, compared, *head.split(" | "))
 
 
-BLOCKS = [block for block in CLAIMS_FILE.read_text().strip().split("\n\n") if not block.startswith("//")]
+BLOCKS = [block for block in (DOCS / "claims.txt").read_text().strip().split("\n\n") if not block.startswith("//")]
 RUNS = dict(line.split(": ") for line in BLOCKS[0].splitlines())
 CLAIMS = {c.id: c for c in map(claim, BLOCKS[1:])}
 UNTAGGED = ("dm", "adm", "poor", "fashion", "o2", "o2+", "o2-fashion")
@@ -106,7 +108,7 @@ class Job(NamedTuple):
     module: object  # msd or o2mkd
     argv: list[str]
     home: Path  # the run folder
-    results: dict  # results.json; {}: not there, or of other seeds
+    rows: dict  # {stage: {K: [what was measured, seed by seed]}}; {}: nothing, or other seeds
 
     def __str__(self):
         return f"python {self.module.__name__}.py {shlex.join(self.argv)}"
@@ -125,7 +127,15 @@ def job(name: str, f: Flags) -> Job:
     values = flags.parse(module.Flags, module.PRESETS, argv).run
     path = home / f"results{'-o2mkd' * (module is o2mkd)}{suffix(values.tag)}.json"
     results = load_json(path, "stages", "teacher", "seeds") if path.exists() else {"seeds": []}
-    return Job(module, argv, home, results if results["seeds"] == values.all_seeds() else {})
+    return Job(module, argv, home, rows_of(results) if results["seeds"] == values.all_seeds() else {})
+
+
+def rows_of(results: dict) -> dict:
+    """Job.rows of results.json; K = 0: the teacher."""
+    teacher = {"0": results["teacher"]["per_seed"]}
+    rows = {stage: {K: row["per_seed"] for K, row in of_k.items()} for stage, of_k in results["stages"].items()}
+    rows |= {stage: {**of_k, **teacher} for stage, of_k in rows.items() if stage in evaluate.STAGES}
+    return {**rows, "cost": {N: [cost] for N, cost in results.get("cost", {}).items()}}  # measured once
 
 
 def needed(claims: list[Claim]) -> list[str]:
@@ -146,12 +156,7 @@ def finished(name: str, jobs: dict[str, Job]) -> bool:
 
 def per_seed(entry: Entry, jobs: dict[str, Job]) -> list[dict]:
     """What was measured of an entry, seed by seed; [] if it is not there."""
-    results, K = jobs[entry.run].results, str(entry.K)
-    if entry.stage == "cost":  # measured once
-        return [c for N, c in results.get("cost", {}).items() if N == K]
-    if K == "0" and entry.stage in evaluate.STAGES:
-        return results.get("teacher", {}).get("per_seed", [])
-    return results.get("stages", {}).get(entry.stage, {}).get(K, {}).get("per_seed", [])
+    return jobs[entry.run].rows.get(entry.stage, {}).get(str(entry.K), [])
 
 
 def values(side: str, numbers: dict[str, list[float]]) -> list[float]:
@@ -216,15 +221,17 @@ def mean_sd(v: list[float]) -> str:
 
 def draw(claim: Claim, numbers: dict[str, list[float]], first: Job, figures: Path) -> list[str]:
     """Draw the claim's figure, copy the run's own that belongs to it; returns their names."""
-    level = first.results["teacher"].get("floor" if claim.metric == "l1" else claim.metric)
-    lines = {} if level is None else {"the teacher": level}
+    teacher = next((of_k["0"] for of_k in first.rows.values() if "0" in of_k), [])
+    name = "floor" if claim.metric == "l1" else claim.metric
+    levels = [row[name] for row in teacher if name in row]
+    lines = {"the teacher": statistics.fmean(levels)} if levels else {}
     names = [f"claim-{claim.id}-{claim.picture.split('-')[0]}", f"claim-{claim.id}"]
     plot.save(plot.claim(claim.id, claim.text, numbers, claim.metric, lines), figures / f"{names[1]}.png")
-    picture = first.home / "figures" / f"{claim.picture}.png"
-    if not picture.exists():
-        return names[1:]
-    shutil.copyfile(picture, figures / f"{names[0]}.png")
-    return names
+    for picture in (first.home / f"figures/{claim.picture}.png", DOCS / f"claims/{names[0]}.png"):
+        if picture.exists():
+            shutil.copyfile(picture, figures / f"{names[0]}.png")
+            return names
+    return names[1:]
 
 
 def section(claim: Claim, jobs: dict[str, Job], figures: Path) -> tuple[str, list[str]]:
@@ -266,13 +273,13 @@ def section(claim: Claim, jobs: dict[str, Job], figures: Path) -> tuple[str, lis
 
 def write(jobs: dict[str, Job], f: Flags) -> None:
     """RESULTS.md, docs/claims (figures) and docs/data/RESULTS.json (every seed), of all that is there."""
-    home = Path(f.out)
+    home, kept = Path(f.out), load_json(DOCS / "data/RESULTS.json")
+    jobs = {name: j._replace(rows=kept.get(f"{name}: {RUNS[name]}", {}) | j.rows) for name, j in jobs.items()}
     lines, bodies = zip(*(section(c, jobs, home / "docs/claims") for c in CLAIMS.values()))
     lines = [f"# Results\n\nWritten by `python reproduce.py`.{HEAD}", *lines]
     text = "\n".join(sum(bodies, lines)) + "\n"
     write_atomic(home / "RESULTS.md", lambda t: t.write_text(text))
-    kept = {c.id: {e.name: per_seed(e, jobs) or None for e in c.entries} for c in CLAIMS.values()}
-    save_json(home / "docs/data/RESULTS.json", kept)
+    save_json(home / "docs/data/RESULTS.json", {f"{name}: {RUNS[name]}": j.rows for name, j in jobs.items() if j.rows})
     print(*lines, f"\nresults: {home}/RESULTS.md, docs/claims, docs/data/RESULTS.json", sep="\n")
 
 

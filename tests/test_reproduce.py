@@ -90,9 +90,11 @@ def test_every_run_is_a_legal_command():
 def test_results_md_says_what_judge_finds():
     """The verdict of every claim; difference, error, n and verdict of its comparisons, from the kept seeds."""
     kept, seen = json.loads((ROOT / "docs/data/RESULTS.json").read_text()), 0
+    assert kept.keys() <= {f"{name}: {RUNS[name]}" for name in RUNS}  # none of a command that is no more
+    jobs = {name: j._replace(rows=kept.get(f"{name}: {RUNS[name]}", {})) for name, j in JOBS.items()}
     sections = {part.split(":")[0]: part for part in (ROOT / "RESULTS.md").read_text().split("\n## ")[1:]}
     for c in CLAIMS.values():
-        numbers = {e.name: [row[c.metric] for row in kept[c.id][e.name] or []] for e in c.entries}
+        numbers = {e.name: [row[c.metric] for row in reproduce.per_seed(e, jobs)] for e in c.entries}
         there = {text: ab for text, ab in c.comparisons.items() if all(values(side, numbers) for side in ab)}
         verdict, found = judge(there, numbers) if there else ("", {})
         assert not there or f"**{verdict}" in sections[c.id], c.id
@@ -123,19 +125,24 @@ def test_a_killed_claim_goes_on(tmp_path, monkeypatch, capsys):
         reproduce.main(["--claim", "diversity,o2-cost", "--out", str(tmp_path), *argv])
         return capsys.readouterr().out
 
+    reproduce.save_json(tmp_path / "none/data/RESULTS.json", {})
+    monkeypatch.setattr(reproduce, "DOCS", tmp_path / "none")
     monkeypatch.setattr(dmd, "kl_gradient", killed)
     monkeypatch.setattr(reproduce, "CLAIMS", {id: CLAIMS[id] for id in ("fig4", "split", "diversity", "o2-cost")})
     for name in ("dm", "o2"):
         monkeypatch.setitem(RUNS, name, "1 2 4 8 --preset smoke --seeds 1")
     text = printed("--dry-run")
-    assert "2 of 2 runs" in text and "python o2mkd.py --students 1 2 4 8" in text and not any(tmp_path.iterdir())
+    assert "2 of 2 runs" in text and "python o2mkd.py --students 1 2 4 8" in text and not (tmp_path / "seed1").exists()
     with pytest.raises(SystemExit, match="130"):
         printed()
     assert "2 of 2 runs" in printed() and "0 of 2 runs" in printed("--dry-run")
     text, kept = (tmp_path / "RESULTS.md").read_text(), json.loads((tmp_path / "docs/data/RESULTS.json").read_text())
     for id in ("diversity", "o2-cost"):
         assert f"](docs/claims/claim-{id}.png)" in text and (tmp_path / f"docs/claims/claim-{id}.png").exists()
-        assert all(kept[id].values())
+    assert kept.keys() == {f"{name}: 1 2 4 8 --preset smoke --seeds 1" for name in ("dm", "o2")}
     assert "measured: as claimed" in text and text.count("| not measured | | not measured |") == 1
+    monkeypatch.setattr(reproduce, "DOCS", tmp_path / "docs")  # another folder shows what is kept, figures too
+    reproduce.main(["--out", str(tmp_path / "b")])
+    assert (tmp_path / "b/RESULTS.md").read_text() == text.replace(str(tmp_path), f"{tmp_path}/b")
     monkeypatch.setitem(RUNS, "dm", "1 2 4 8 --preset smoke --seeds 2")  # other seeds
     assert "1 of 2 runs" in printed("--dry-run")
