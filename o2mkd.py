@@ -37,7 +37,7 @@ import fid
 import msd
 import run
 import teacher
-from common import AdamW, Average, Draws, Student, fingerprint, generator, learning_rate, leave
+from common import AdamW, Average, Draws, Student, generator, learning_rate, leave
 from edm import level
 from evaluate import Row
 from flags import UserError, check, command, describe, flag, parse, values
@@ -328,14 +328,6 @@ def merge(start: edm.Precond, students: list[edm.Precond], c: float | None = Non
     c, states, merged = 1 / len(students) if c is None else c, [D.state_dict() for D in students], copy.deepcopy(start)
     merged.load_state_dict({k: v + c * sum(s[k] - v for s in states) for k, v in start.state_dict().items()})
     return merged
-
-
-def merge_folders(folders: list, c: float | None = None) -> edm.Precond:
-    """All students of these folders as one. UserError if starts differ."""
-    found = [load_students(folder) for folder in folders]
-    if len({fingerprint(f.start) for f in found}) != 1:
-        raise UserError("merge: students that started from other weights")
-    return merge(found[0].start, [D for f in found for D in f.denoisers], c)
 
 
 # ---- probes of the claims

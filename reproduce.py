@@ -85,8 +85,8 @@ RUNS = dict(line.split(": ") for line in BLOCKS[0].splitlines())
 CLAIMS = {c.id: c for c in map(claim, BLOCKS[1:])}
 UNTAGGED = ("dm", "adm", "poor", "fashion", "o2", "o2+", "o2-fashion")
 AFTER = {  # whose students a run starts from, or adds to
-    "adm": "dm", "continued": "dm", "poor-continued": "poor", "XS-post": "adm", "o2+": "o2", "o2-fork": "o2",
-    "o2-fork50": "o2", "o2-fashion-fork": "o2-fashion",
+    "adm": "dm", "continued": "dm", "poor-continued": "poor", "XS-post": "adm", "XS-post64000": "adm", "o2+": "o2",
+    "o2-fork": "o2", "o2-fork50": "o2", "o2-fashion-fork": "o2-fashion",
 }
 
 

@@ -29,11 +29,6 @@ from common import Batch, Draws, Ranks, world
 from flags import UserError, flag
 
 NAMES = ("toy", "toy-prompts", "fashion-mnist", "cifar10", "imagenet64")  # data.DATASETS
-RETIRED = {"weight_decay": 0.01, "fake": "net", "kde_points": None, "grad_clip": 0.0, "adm_fake": "restart",
-           "adm_reg_weight": 0.0, "fake_bins": None, "gan_clean": False,
-           "post_of": "adm"}  # old flags: the value they are now; None: any
-
-ADDED = {"anneal": 0}  # new flags: what old folders had
 
 
 @dataclass
@@ -208,8 +203,7 @@ def check_config(folder: Path, config: dict) -> None:
     path, config = folder / "config.json", json.loads(json.dumps(config))
     if not any((folder / name).exists() for name in ("config.json", "state.pt", "ema.pt")):
         return save_json(path, config)
-    old = {k: v for k, v in ADDED.items() if k in config} | load_json(path)  # fails if weights lie there without it
-    old = {k: v for k, v in old.items() if k in config or k not in RETIRED or v != RETIRED[k] is not None}
+    old = load_json(path)  # fails if weights lie there without it
     differ = [k for k in sorted({*old, *config}) if old.get(k) != config.get(k)]
     if differ:
         what = ", ".join(f"{k} ({old.get(k)} there, {config.get(k)} now)" for k in differ)

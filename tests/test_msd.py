@@ -22,7 +22,7 @@ import toy_mog
 from conftest import ROOT, refused, same
 from flags import UserError
 from plot import draw
-from run import RETIRED, load_json, load_shards, load_tensors, save_json
+from run import load_json, load_shards, load_tensors, save_json
 from students import Students, random_start, whole
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -116,22 +116,15 @@ msd.main(sys.argv[1:])
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
-def constants(out, **other) -> None:
-    """Into every config.json: the flags that earlier versions had, as the constants they are now, or others."""
-    for path in out.rglob("config.json"):
-        save_json(path, {**load_json(path), **{k: 7 if v is None else v for k, v in RETIRED.items()}, **other})
-
-
 SLOW = [pytest.param(name, 1, marks=pytest.mark.slow) for name in ("teacher/state", "students3/dm/state", "students3/dm/best")]
 
 
 @pytest.mark.parametrize("moment, count", [("students3/dm/state", 3), *SLOW])
 def test_interrupted_runs_resume_bit_for_bit(run, tmp_path, moment, count):
-    """n steps = m steps + kill -9 + the rest: weights, metrics but for the seconds; though an earlier version began."""
+    """n steps = m steps + kill -9 + the rest: weights, metrics but for the seconds."""
     argv = [*AGAIN, "--save-every", "2", "--out", str(tmp_path)]
     killed(moment, count, argv)
     assert not (tmp_path / "seed0/students3/dm/ema.pt").exists()
-    constants(tmp_path)
     assert msd.main(argv) == 0
     for name in ("ema.pt", "best.pt"):
         assert same(weights(run, name), weights(tmp_path, name))
@@ -160,19 +153,15 @@ def test_students_do_not_notice_their_neighbours(run, tmp_path):
     torch.testing.assert_close(weights(run), weights(tmp_path), atol=1e-4, rtol=1e-4)
 
 
-def test_a_finished_run_is_reused_and_so_is_one_of_an_earlier_version(run, tmp_path, capsys):
+def test_a_finished_run_is_reused_and_one_of_other_flags_is_not(run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
-    constants(tmp_path / "run")
     argv = [*AGAIN, "--out", str(tmp_path / "run")]
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.pt") if p.name != "samples.pt"}
     assert msd.main(argv) == 0
     assert "reused" in capsys.readouterr().out and {p: p.stat().st_mtime_ns for p in before} == before
-    constants(tmp_path / "run", fake="kde")
-    assert "fake (kde there" in refused(capsys, msd.main, argv)
-    constants(tmp_path / "run", fake="net")
     path = tmp_path / "run/seed0/students3/dm/config.json"
     save_json(path, {k: v for k, v in load_json(path).items() if k != "anneal"})  # as before there was this flag
-    assert "anneal (0 there, 200 now)" in refused(capsys, msd.main, argv)
+    assert "anneal (None there, 200 now)" in refused(capsys, msd.main, argv)
 
 
 @pytest.mark.parametrize("name", ["best.pt", "state.pt"])
