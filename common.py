@@ -204,7 +204,7 @@ def leave(ranks: Ranks) -> None:
 
 def world(device: torch.device) -> Ranks:
     """All ranks that torchrun started; a group of one without it."""
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    size = int(os.environ.get("WORLD_SIZE") or 1)
     if size == 1:
         return Ranks(device=device)
     if not dist.is_initialized():

@@ -33,6 +33,7 @@ Many GPUs    torchrun --nproc-per-node 8 dmd.py --dataset imagenet64 --teacher e
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.error import URLError
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ import edm
 from common import AdamW, Average, Batch, learning_rate
 from edm import level
 from flags import Bins, UserError, flag
+from run import reading
 
 NAME, BY = "dm", "select"  # the reference that a student's best checkpoint is nearest to
 USES = dict(sampler_steps="teacher.sampler_steps")  # what its result depends on beside its own flags
@@ -170,12 +172,14 @@ def lpips_distance(device, random_weights: bool = False):
     Returns distance(x, y) -> [...] for x, y [..., C, H, W] in [-1, 1]; grey images are repeated to three channels.
     UserError if VGG's weights are neither here nor can be fetched; random_weights: without them, for tests."""
     import lpips  # slow to import, and only here
+    where = Path(torch.hub.get_dir()) / "checkpoints" / "vgg16-397923af.pth"
     try:
-        net = lpips.LPIPS(net="vgg", pnet_rand=random_weights, verbose=False).to(device).requires_grad_(False).eval()
-    except Exception as error:  # urllib and torch raise several types
-        where = Path(torch.hub.get_dir()) / "checkpoints" / "vgg16-397923af.pth"
-        raise UserError(f"--distance lpips needs torchvision's VGG-16 weights and could not fetch them "
-                        f"({type(error).__name__}): put vgg16-397923af.pth at {where}, or take --distance l2") from None
+        with reading(where, "torchvision's VGG-16 weights; --distance l2 needs none"):
+            net = lpips.LPIPS(net="vgg", pnet_rand=random_weights, verbose=False).to(device)
+    except URLError as error:
+        raise UserError(f"--distance lpips: could not fetch {where.name} ({error.reason}): put it at {where}, "
+                        "or take --distance l2") from None
+    net.requires_grad_(False).eval()
 
     def distance(x: Tensor, y: Tensor) -> Tensor:
         def enlarged(v: Tensor) -> Tensor:

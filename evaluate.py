@@ -166,7 +166,8 @@ def measure(sampler: Sampler, given, number: int) -> Row:
     x = sampler.sample(z, label)
     if sampler.keep:
         who = {"student": sampler.student(label)} if sampler.student else {}
-        run.save_tensors(sampler.keep / "samples.pt", {"x": x, "label": label, **who})
+        with run.alone([sampler.keep]):
+            run.save_tensors(sampler.keep / "samples.pt", {"x": x, "label": label, **who})
     mine, more = judge.statistics(x, label), {**judge.check(x, label), **sampler.more}
     if sampler.per_class and facts.classes <= 100:
         more["per_class"] = [judge.distance(mine, report, [c]) for c in range(facts.classes)]
@@ -261,7 +262,7 @@ def merged(path: Path, results: dict) -> dict:
         print(f"\n{path} was of other seeds or flags: moved to {path.replace(aside)}")
         return new
     out = {**new, "stages": {}}
-    for name in {"configs", "partition", "edges", "cost"} & new.keys():
+    for name in {"configs", "edges", "cost"} & new.keys():
         out[name] = {**old.get(name, {}), **new[name]}
     for stage in dict.fromkeys([*STAGES, *old["stages"], *new["stages"]]):  # in this order
         if of_k := {**old["stages"].get(stage, {}), **new["stages"].get(stage, {})}:
@@ -296,8 +297,9 @@ def table(results: dict) -> str:
 
 def report(path: Path, results: dict, lines: list[str]) -> None:
     """Write results.json; print the table and the lines; draw the figures."""
-    whole = merged(path, results)
-    run.save_json(path, whole)
+    with run.alone([path.parent]):
+        whole = merged(path, results)
+        run.save_json(path, whole)
     print("\n" + table(whole), *lines, sep="\n")
     figures = plot.draw(path.parent, path.stem.removeprefix("results").removeprefix("-"))
     print(f"\nresults: {path}\nfigures:", *figures)

@@ -84,7 +84,7 @@ class Inception:
 
     def __init__(self, path, device="cpu"):
         self.device = device
-        with images.reading(f"{path}: not NVIDIA's {INCEPTION}"):
+        with run.reading(f"{path}: not NVIDIA's {INCEPTION}"):
             self.net = torch.jit.load(str(path), map_location=device).eval()
             probe = self.features(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
             if probe.shape != (2, self.dimension):
@@ -157,7 +157,7 @@ def save_classifier(path, net: Classifier) -> None:
 def load_classifier(path) -> Classifier:
     """Frozen, on the CPU. UserError if the file is damaged or something else."""
     saved = run.load_tensors(Path(path))
-    with images.reading(f"{path}: not a classifier of this code"):
+    with run.reading(f"{path}: not a classifier of this code"):
         net = Classifier(saved["shape"], saved["classes"])
         net.load_state_dict(saved["net"])
     return net.requires_grad_(False).eval()
@@ -165,7 +165,7 @@ def load_classifier(path) -> Classifier:
 
 def extractor(path, device="cpu") -> Inception | Classifier:
     """The Inception or a Classifier, told apart by the zip's list of contents: nothing foreign is run to find out."""
-    with images.reading(path), zipfile.ZipFile(path) as f:
+    with run.reading(path), zipfile.ZipFile(path) as f:
         script = any(name.endswith("/constants.pkl") for name in f.namelist())  # only TorchScript has them
     return Inception(path, device) if script else load_classifier(path).to(device)
 
@@ -188,7 +188,7 @@ def gaussian(path: str, net) -> tuple[Tensor, Tensor, float, torch.Size | None]:
 
     ADM's files hold both: the statistics are of far more images, but the Inception's alone."""
     if path.endswith(".npz"):
-        with images.reading(path), np.load(path) as f:
+        with run.reading(path), np.load(path) as f:
             if "mu" in f and (f["mu"].shape == (net.dimension,) or "arr_0" not in f):
                 return f["mu"], f["sigma"], math.inf, None
     x, out = images.read(path), Moments()
@@ -209,7 +209,7 @@ def main(argv=None):
         raise UserError(f"--images of {list(size)} pixels, --ref of {list(other)}")
     if min(n, of) < net.dimension:
         print(f"warning: {min(n, of):,} images for {net.dimension:,} features: too large a distance", file=sys.stderr)
-    with images.reading(f.ref):
+    with run.reading(f.ref):
         distance = frechet_distance(mu1, cov1, mu2, cov2)
     print(f"{net.name}: {distance:.4g} ({n:,} images against {f.ref})")
 

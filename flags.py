@@ -7,51 +7,63 @@ import argparse
 import dataclasses
 import difflib
 import functools
-import json
 import math
 import operator
 import os
 import re
 import sys
+import traceback
 import typing
-import zipfile
+from urllib.error import URLError
 
 import torch
+
+if sys.version_info < (3, 10):
+    sys.exit("error: Python 3.10 or newer is needed")
 
 
 class UserError(Exception):
     """A mistake that the user can mend, told in a line."""
 
 
-def said(error: BaseException) -> str | None:
-    """The line for a user's or machine's error; None: it is ours."""
+def of_machine(error: BaseException) -> bool:
+    """Is it the system's, not the file's that is read: not there, not allowed, a failing disk, no net, no memory?"""
+    return isinstance(error, URLError) or getattr(error, "errno", None) is not None or no_memory(error)
+
+
+def no_memory(error: BaseException) -> bool:
+    """Of the processor, or of a GPU."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+
+
+def said(error: BaseException) -> str:
+    """The line for an error, whatever raised it."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-        return "the memory is full; --micro-batch N takes N samples at a time"
+    if no_memory(error):
+        return f"the memory is full; --micro-batch N takes N samples at a time ({error})"
     if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
         return f"another rank stopped, and says why itself: {error}"
-    if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    if isinstance(error, (json.JSONDecodeError, zipfile.BadZipFile)):
-        return f"a damaged file: {error}"
-    return None
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'system'}: {error.strerror}"
+    return f"{type(error).__name__}: {error}".partition("\n")[0] + " (MSD_DEBUG=1 shows where)"
 
 
 def command(main):
-    """Decorator of every main: what `said` knows ends with its line and code 2, Ctrl-C with 130."""
+    """Decorator of every main: an error ends with its line and code 2, Ctrl-C with 130. MSD_DEBUG=1: its trace, too."""
     @functools.wraps(main)
     def wrapped(argv=None):
+        for stream in filter(lambda s: hasattr(s, "reconfigure"), (sys.stdout, sys.stderr)):
+            stream.reconfigure(errors="replace")  # a terminal that has no "…"
         try:
             return main(argv)
         except KeyboardInterrupt:
             print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
             code = 130
         except Exception as error:
-            line = said(error)
-            if line is None:
-                raise
-            print("error:", line.partition("\n")[0], file=sys.stderr, flush=True)
+            if os.environ.get("MSD_DEBUG"):
+                traceback.print_exc()
+            print("error:", said(error).partition("\n")[0], file=sys.stderr, flush=True)
             if torch.distributed.is_initialized():
                 os._exit(2)  # the engine's threads, without their peers, would crash
             code = 2
@@ -173,7 +185,8 @@ def parse(cls, presets: dict, argv=None, doc: str = ""):
                 chosen[name] = line[f.name]
     made, best = {group: {} for group in parts}, default | chosen | given
     for name, (group, f) in table.items():
-        made[group][f.name] = value = Bins(*best[name]) if f.type is Bins else best[name]
+        value = Bins(*best[name]) if f.type is Bins else best[name]
+        made[group][f.name] = value = os.path.expanduser(value) if isinstance(value, str) else value  # --out=~/x
         if name in given and (wrong := _wrong(value, **f.metadata)):
             parser.error(f"{option(name)} {wrong}")
     if lines and (dataset, preset) not in lines:

@@ -4,13 +4,13 @@ Fashion-MNIST's IDX files; CIFAR-10's binary version and torchvision's folder; f
 dataset.json, class folders, and ImageNet's official batches (npz) with map_clsloc.txt beside them. The last three are
 decoded once, into OUT/data: a damaged image is found before training begins, and a GPU is fed without workers.
 """
-import contextlib
 import gzip
 import io
 import json
 import os
 import threading
 import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -23,9 +23,9 @@ from torch.nn import functional as F
 
 import run
 from flags import UserError
+from run import reading
 
 Pair = tuple[Tensor, Tensor]  # x [..., C, H, W] and label [...]
-MODES = {"1": "L", "L": "L", "LA": "L", "RGB": "RGB", "RGBA": "RGB", "P": "RGB", "CMYK": "RGB"}  # PIL clips 16 bits
 
 
 def to_float(x: Tensor) -> Tensor:
@@ -36,18 +36,6 @@ def to_float(x: Tensor) -> Tensor:
 def to_uint8(x: Tensor) -> Tensor:
     """[-1, 1] -> pixels 0…255, as EDM's generate.py rounds: 127.5 x + 128, cut off; uint8 stays as it is."""
     return x if x.dtype == torch.uint8 else (x.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
-
-
-@contextlib.contextmanager
-def reading(path):
-    """What fails inside is the file's fault, a UserError: PIL, numpy, zipfile, torch raise dozens of types."""
-    try:
-        yield
-    except (UserError, FileNotFoundError):
-        raise
-    except Exception as error:
-        what = ascii(f"{type(error).__name__}: {error}")[1:-1][:200]  # printable, whatever a hostile file says
-        raise UserError(f"{path}: damaged, or not what is wanted here ({what})") from None
 
 
 def _idx_pair(folder: Path, split: str) -> Pair:
@@ -103,36 +91,58 @@ def _labelled(path: Path, split: str, classes: int) -> Pair:
             raise UserError(f"{path}: {len(place)} class folders, not {classes}; labels are their places by name")
         label = [place[n.split("/")[0]] for n in pictures]
     else:
-        with reading(f"{path}: dataset.json"):  # {"labels": [["00000/img00000000.png", 0], …]}
-            of = {name: int(c) for name, c in json.loads(read_file("dataset.json"))["labels"]}
+        with reading(f"{path}: dataset.json", 'EDM\'s {"labels": [["00000/img00000000.png", 0], …]}, at the top'):
+            of = dict(json.loads(read_file("dataset.json"))["labels"])
             label = [of[n] for n in pictures]
+            if wrong := [n for n, c in zip(pictures, label) if type(c) is not int]:
+                raise ValueError(f"the label of {wrong[0]} is {of[wrong[0]]}, no whole number")
     return _pixels(path, pictures, read_file), torch.tensor(label)
 
 
+def _walk(folder: Path) -> list[Path]:
+    """The files in it, in linked folders too."""
+    return sorted(Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names)
+
+
 def _files(path: Path):
-    """Of a folder or zip: the images' names, and read_file(name) -> bytes."""
+    """Of a folder or zip: the images' names, and read_file(name) -> bytes. Hidden files, and a Mac's, are no data."""
     if path.is_dir():
-        names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*"))
+        names = [p.relative_to(path).as_posix() for p in _walk(path)]
         read_file = lambda name: (path / name).read_bytes()
     else:
         archive, lock = zipfile.ZipFile(path), threading.Lock()
         names = sorted(archive.namelist())
 
         def read_file(name: str) -> bytes:
-            with lock:  # a ZipFile is not for several threads at once
+            method = archive.getinfo(name).compress_type
+            known = f"packed by deflate (8) or not at all (0), without password; method {method}"
+            with lock, reading(f"{path}: {name}", known):  # a ZipFile is not for several threads at once
                 return archive.read(name)
-    pictures = [n for n in names if n.lower().endswith((".png", ".jpg", ".jpeg")) and "/." not in f"/{n}"]
+    names = [n for n in names if "/." not in f"/{n}" and "__MACOSX/" not in f"/{n}" and not n.endswith("/")]
+    pictures = [n for n in names if n.lower().endswith((".png", ".jpg", ".jpeg"))]
+    others = Counter(Path(n).suffix for n in {*names} - {*pictures, "dataset.json"})
     if not pictures:
-        raise UserError(f"{path}: no .png or .jpg in it (docs/images.md)")
+        raise UserError(f"{path}: no .png or .jpg in it, but {dict(others)} (docs/images.md)")
+    if others:
+        print(f"{path}: not read: {', '.join(f'{n} {kind}' for kind, n in others.items())}", flush=True)
     return pictures, read_file
 
 
 def _pixels(path: Path, names: list[str], read_file) -> Tensor:
-    """uint8 [N, C, H, W]; C = 1 if the first, middle and last are grey."""
+    """uint8 [N, C, H, W]; C = 1 if the first, middle and last are grey. 16 bits are scaled; what is transparent is laid
+    on white, and said."""
+    clear = []
+
     def pixels(name: str, colour: bool = False) -> np.ndarray:
         with reading(f"{path}: {name}"), Image.open(io.BytesIO(read_file(name))) as image:
-            mode = MODES[image.mode]
-            x = np.asarray(image.convert("RGB" if colour else mode))
+            grey = image.mode[0] in "1LI" and not colour
+            if image.mode[0] == "I":  # PIL would clip them
+                image = Image.fromarray((np.asarray(image, np.uint16) >> 8).astype(np.uint8))
+            if image.has_transparency_data:
+                layer = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), layer)
+                clear.extend([name] * (layer.getextrema()[3][0] < 255))
+            x = np.asarray(image.convert("L" if grey else "RGB"))
             return x[None] if x.ndim == 2 else x.transpose(2, 0, 1)
 
     def fill(i: int) -> None:
@@ -141,9 +151,11 @@ def _pixels(path: Path, names: list[str], read_file) -> Tensor:
     colour = any(len(pixels(names[i])) == 3 for i in (0, len(names) // 2, -1))
     out = np.empty((len(names), *pixels(names[0], colour).shape), np.uint8)
     blocks = range(0, len(names), 4096)
-    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(32, len(getattr(os, "sched_getaffinity", lambda _: range(4))(0)))) as pool:
         for begin in run.bar(blocks, f"decoding {path.name}", len(blocks)):
             list(pool.map(fill, range(begin, min(begin + 4096, len(names)))))
+    if clear:
+        print(f"{path}: {len({*clear})} images are in part transparent, such as {clear[0]}: laid on white", flush=True)
     return torch.from_numpy(out)
 
 
@@ -165,12 +177,16 @@ def splits(known, given: str, cache: Path) -> dict[str, Pair]:
     """{"train": (x, label)}, often also "test", from the path `given` or, if it is "", the usual places.
 
     known: data.Facts; cache: a folder for decoded images. UserError if there are none, or others."""
-    name, places = known.name, [Path(p).expanduser() for p in ([given] if given else USUAL[known.name])]
+    name, places = known.name, [Path(os.path.expanduser(p)) for p in ([given] if given else USUAL[known.name])]
     decode = bool(given) or name == "imagenet64"  # elsewhere a folder such as data/ may hold anything
     for place in places:
         for of, sign, reader in FORMS:
             for hit in place.glob(sign) if of == name else ():
-                return _fitted(known, hit.parent, reader)
+                try:
+                    return _fitted(known, hit.parent, reader)
+                except FileNotFoundError:
+                    if given:
+                        raise  # else of a download that was stopped
         if decode and place.exists():
             reader = _batches if any(place.glob("*.npz")) else partial(_labelled, classes=known.classes)
             parts = ("train", "test") if any(place.glob("val*.npz")) else ("train",)
@@ -185,7 +201,7 @@ def splits(known, given: str, cache: Path) -> dict[str, Pair]:
 def _cached(reader, cache: Path, place: Path, split: str) -> Pair:
     """reader(place, split), memory-mapped; done once."""
     target = cache.with_name(f"{cache.name}-{split}.pt")
-    files = [p.stat() for p in (place, *place.rglob("*")) if p.is_file()]
+    files = [p.stat() for p in _walk(place) or [place]]
     about = [str(place.resolve()), len(files), sum(s.st_size for s in files), sum(s.st_mtime_ns for s in files)]
     if not target.exists() or run.load_tensors(target, mmap=True)["about"] != about:
         x, label = reader(place, split)

@@ -14,6 +14,7 @@ GPUs     torchrun --nproc-per-node 8 msd.py --dataset imagenet64 --students 4
 """
 import functools
 import itertools
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -314,25 +315,13 @@ def cd_bound(flags: Flags, given: teacher.Given, device) -> dict:
     return run.load_json(path)
 
 
-def likeness(parts: list[Tensor], embeddings: Tensor) -> list[float | None]:
-    """Mean distance of two conditions of one part, and of two parts; None: no such two."""
-    k = Router(parts).table
-    E, same = embeddings.double().cpu(), k[:, None] == k
-    d, other = torch.cdist(E, E), ~torch.eye(len(k), dtype=torch.bool)
-    return [v.mean().item() if len(v) else None for v in (d[same & other], d[~same])]
-
-
-def report(flags: Flags, inputs: dict, parts: dict, device) -> int:
+def report(flags: Flags, inputs: dict, device) -> int:
     """Measure the students of all one-step stages; results.json, table, verdicts, figures."""
-    facts, more, configs = facts_of(flags), {"partition": {}}, {}
+    facts, more, configs = facts_of(flags), {}, {}
     rows = evaluate.measure_all(samplers(flags, device), inputs, flags.run.eval_samples)
     if "cd" in rows:
         bounds = [cd_bound(flags, given, device) for given in inputs.values()]
         more["bound"] = {**evaluate.summary(bounds), "points": flags.cd.points}
-    for K in flags.students:
-        within, between = zip(*(likeness(parts[seed, K], given.embeddings()) for seed, given in inputs.items()))
-        sizes = [[*map(len, parts[seed, K])] for seed in inputs]
-        more["partition"][str(K)] = dict(how=flags.partition, sizes=sizes, within=within, between=between)
     for stage, _ in stages_of(flags):
         before = flags.order()[:flags.order().index(stage.NAME)]
         configs[stage.NAME] = {**inputs[flags.run.seed].ancestry, **settings(flags, stage.NAME, stage.USES),
@@ -358,11 +347,16 @@ def title(flags: Flags) -> str:
     return f"msd: {flags.run.dataset}, K = {K}, {stages or 'the teacher alone'}, into {flags.run.out}"
 
 
+def memory(flags: Flags) -> int:
+    """Bytes that a student's rank holds in float32, with averages, gradients, AdamW's moments, without activations."""
+    t, s = (weights(facts_of(flags), size) for size in (flags.teacher.size, flags.student_size or flags.teacher.size))
+    return 4 * (t + 6 * s + 4 * t * bool({"dm", "adm"} & {*flags.order()}))
+
+
 def plan(flags: Flags) -> int:
     """--dry-run: every value with its source, parameters, memory and ranks; without data or weights."""
     facts = facts_of(flags)
     t, s = (weights(facts, size) for size in (flags.teacher.size, flags.student_size or flags.teacher.size))
-    fake = t if {"dm", "adm"} & {*flags.order()} else 0
     print(title(flags), describe(flags), sep="\n")
     for K in flags.students:
         ranks = "one stack on all ranks" if facts.stacked else f"{K} ranks: one a student; fewer: in turn"
@@ -370,15 +364,20 @@ def plan(flags: Flags) -> int:
         if flags.partition not in ("kmeans", "quadrant"):
             parts = partition(facts.classes, K, flags.partition, seed=flags.run.seed)
             print("  lowest to highest class of each", " | ".join(f"{Y_k[0]}-{Y_k[-1]}" for Y_k in parts))
-    held = t + 6 * s + 4 * fake  # with averages, gradients, AdamW's moments
-    print(f"a student's rank holds {held * 4 / 2 ** 30:.2f} GiB in float32, without activations")
+    print(f"a student's rank holds {memory(flags) / 2 ** 30:.2f} GiB in float32, without activations")
     cost = edm.evaluations(flags.teacher.sampler_steps)
     print(f"pairs: {flags.dm.pairs:,} times {cost} evaluations of the teacher, {t:,} parameters")
     return 0
 
 
 def divide(flags: Flags, ranks: common.Ranks) -> None:
-    """Do ranks, batches and classes divide? Said now, not after the teacher. UserError if not."""
+    """Do ranks, batches and classes divide, is there room? Said now, not after the teacher. UserError if not."""
+    out = Path(flags.run.out).absolute()
+    place = next(p for p in (out, *out.parents) if p.exists())
+    here, free = sum(p.stat().st_size for p in out.rglob("state*.pt")), shutil.disk_usage(place).free
+    wanted = 3 * memory(flags) * len(flags.run.all_seeds()) * sum(flags.students)  # old, new and newest
+    if wanted > here + free:
+        raise UserError(f"{place}: checkpoints want {wanted / 2 ** 30:.1f} GiB, free are {free / 2 ** 30:.1f}")
     for K in flags.students:
         if flags.partition not in ("kmeans", "quadrant"):  # those want the teacher's embeddings
             partition(facts_of(flags).classes, K, flags.partition, seed=flags.run.seed)
@@ -402,20 +401,20 @@ def main(argv=None) -> int:
         print(f"{title(flags)}, on {ranks.device}", flush=True)
     inputs = teacher.prepare(flags, ranks)  # {seed: mu_teacher, D, references}
 
-    students, parts = [], {}
+    students = []
     for seed, given in inputs.items():
         for K in flags.students:  # Y = Y_1 + … + Y_K
-            parts[seed, K] = partition(given.facts.classes, K, flags.partition, given.embeddings(), seed)
-            for k, Y_k in enumerate(parts[seed, K]):
+            parts = partition(given.facts.classes, K, flags.partition, given.embeddings(), seed)
+            for k, Y_k in enumerate(parts):
                 if flags.student in (-1, k):
                     students.append(first_start(flags, Student(seed, K, k, tuple(Y_k.tolist())), given))
 
-    for stage, F in stages_of(flags):  # each from the best of the one before
-        shares = [F(inputs[s.seed].D, torch.tensor(s.classes)) for s in students]  # D_k of each
-        students = distil(stage, students, shares, inputs, flags, ranks)  # G_k = Distill(mu_teacher, D_k)
+    shares = {stage: [F(inputs[s.seed].D, torch.tensor(s.classes)) for s in students] for stage, F in stages_of(flags)}
+    for stage, D_k in shares.items():  # each from the best of the one before
+        students = distil(stage, students, D_k, inputs, flags, ranks)  # G_k = Distill(mu_teacher, D_k)
 
     measured = {*flags.order()} & {*ONE_STEP} and ranks.rank == 0 and flags.student < 0
-    code = report(flags, inputs, parts, ranks.device) if measured else 0
+    code = report(flags, inputs, ranks.device) if measured else 0
     common.leave(ranks)
     return code
 

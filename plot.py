@@ -160,15 +160,6 @@ def training(folders: dict, stage: str, panels: list) -> plt.Figure:
     return curves(f"updates of {stage.upper()}", shown)[0]
 
 
-def teacher_error(e: dict) -> plt.Figure:
-    """The trained denoiser against the exact one, by noise level."""
-    lines, title = [("teacher", "-", "C0", (e["sigma"], e["error"]))], "The trained teacher against the exact denoiser"
-    fig, (ax,) = curves(r"$\sigma$ (dotted: std of a Gaussian)", [(title, r"RMS error / $c_{out}$", "log", lines)])
-    ax.axvline(toy_mog.STD, ls=":", color="k", lw=1)
-    ax.set_xscale("log")
-    return fig
-
-
 def steps_curve(results: dict) -> plt.Figure:
     """[O2MKD Fig. 6]: distance to the data against the multiply-adds of a sample, for each sampler a line per N."""
     cost, m, shown = results["cost"], f"{results['metric']}_data", []
@@ -422,14 +413,13 @@ def draw(out, tag: str = "") -> list[Path]:
             figures[name] = training({K: folder(K, stage) for K in ks}, stage, [first, *PANELS[stage]])
         if last not in ("dm", "cd"):
             figures["stages"] = against_k(results, rows)
-        if (error := home / "teacher" / "error.json").exists():
-            figures["teacher"] = teacher_error(run.load_json(error))
     paths = {out / "figures" / f"{name}{suffix}.png": fig for name, fig in figures.items()}
     files = [out / f"results{run.suffix(size)}.json" for size in ("XXS", "XS", "S", "B", "")]
     sizes = [r for r in map(run.load_json, filter(Path.exists, files)) if len(r["students"]) > 1]
     if len(sizes) > 1:
         paths[out / "figures" / "figure8.png"] = figure8({r["size"]: r for r in sizes})
-    return [save(fig, path) for path, fig in paths.items()]
+    with run.alone([out / "figures"]):
+        return [save(fig, path) for path, fig in paths.items()]
 
 
 @command

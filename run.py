@@ -6,7 +6,6 @@ Not here: what is trained (the stages), who is trained together (students.py).
 import contextlib
 import csv
 import ctypes
-import fcntl
 import json
 import math
 import os
@@ -15,9 +14,11 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import filelock
 import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
@@ -26,8 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from common import Batch, Draws, Ranks, world
-from flags import UserError, flag
+from flags import UserError, flag, of_machine
 
+THREADS = min(8, torch.get_num_threads())  # fewer: OMP_NUM_THREADS
 NAMES = ("toy", "toy-prompts", "fashion-mnist", "cifar10", "imagenet64")  # data.DATASETS
 
 
@@ -76,8 +78,8 @@ def suffix(tag: str) -> str:
 
 
 def device(name: str) -> torch.device:
-    """--device, tried; at most 8 CPU threads (fewer: OMP_NUM_THREADS), and no TF32."""
-    torch.set_num_threads(min(8, torch.get_num_threads()))
+    """--device, tried; no TF32."""
+    torch.set_num_threads(THREADS)
     keep_memory()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if name in ("auto", "cuda") and torch.cuda.is_available():
@@ -105,12 +107,28 @@ def start(flags: Flags) -> Ranks:
     return world(device(flags.device))
 
 
+def paced(steps):
+    """The steps, with all threads or one, whichever is faster now (the bits are the same): beside other jobs, threads
+    that wait for each other cost ten times. Tried on two steps each, every 20 seconds or 100 steps."""
+    trial, until, seconds = [], 0.0, {}
+    for step in steps:
+        begin = time.perf_counter()
+        if begin >= until:
+            trial, until, seconds = [1, THREADS] * 2, begin + 20 + 100 * min(seconds.values(), default=0), {}
+        threads = trial.pop() if trial else min(seconds, key=seconds.get)
+        torch.set_num_threads(threads)
+        yield step
+        seconds[threads] = min(seconds.get(threads, math.inf), time.perf_counter() - begin)
+
+
 # ---- files
 
 def write_atomic(path: Path, write) -> None:
-    """`write(temporary_path)`, then rename: the file is old or new, never half. UserError if it can't be written."""
+    """`write(temporary_path)`, then rename: the file is old or new, never half. UserError if it can't be written.
+
+    What a killed process leaves goes when the folder is next held: see `alone`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
         with open(temporary, "rb") as f:
@@ -127,14 +145,31 @@ def save_json(path: Path, value) -> None:
     write_atomic(path, lambda t: t.write_text(json.dumps(value, indent=1) + "\n"))
 
 
-def load_json(path: Path, *keys: str) -> dict:
-    """A JSON object with at least these keys. UserError if it is damaged."""
+class Damaged(UserError):
+    """A file that was read, and is not what it should be."""
+
+
+@contextlib.contextmanager
+def reading(path, wanted: str = "what is wanted here"):
+    """What fails inside is the file's fault, Damaged, unless it is the machine's: PIL, numpy, zipfile, torch raise
+    dozens of types."""
     try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno and not error.filename:
+            error.filename = str(path)
+        if isinstance(error, UserError) or of_machine(error):
+            raise
+        what = ascii(f"{type(error).__name__}: {error}")[1:-1][:200]  # printable, whatever a hostile file says
+        raise Damaged(f"{path}: damaged, or not {wanted} ({what})") from None
+
+
+def load_json(path: Path, *keys: str) -> dict:
+    """A JSON object with at least these keys. UserError if it is damaged, or another."""
+    with reading(path, "JSON"):
         value = json.loads(path.read_text())
-    except ValueError:
-        value = None
     if not isinstance(value, dict) or not {*keys} <= value.keys():
-        raise UserError(f"{path}: damaged; delete it (config.json: its folder), and run the same command again")
+        raise UserError(f"{path}: sound JSON, but not of this code ({', '.join(keys) or 'an object'} wanted)")
     return value
 
 
@@ -146,10 +181,8 @@ def save_tensors(path: Path, value) -> None:
 def load_tensors(path: Path, mmap: bool = False):
     """A checkpoint, read without running code from it. UserError if it is damaged or foreign."""
     os.stat(path)  # is it there?
-    try:
+    with reading(path, "tensors alone, as this code saves them"):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # torch raises a dozen types for a damaged file
-        raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
 
 
 def shard(folder: Path, name: str, i: int) -> Path:
@@ -171,31 +204,23 @@ def bar(iterable, name: str, total: int | None, quiet: bool = False, **more):
 
 # ---- folders
 
-HELD: set[str] = set()  # folders that this process holds
-
-
 @contextlib.contextmanager
-def alone(folder: str, ranks: Ranks):
-    """One job at a time makes what all jobs of a run folder share."""
-    if folder in HELD:
-        yield
-        return
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with open(Path(folder) / ".lock", "w") as lock:
-        try:
-            if ranks.rank == 0:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{folder}: waiting for another job", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks: start jobs in turn
-            pass
+def alone(folders: list, ranks: Ranks = Ranks()):
+    """One job at a time writes into these folders; what killed ones left half written there goes."""
+    with contextlib.ExitStack() as held:
+        for folder in sorted({Path(f) for f in folders}) if ranks.rank == 0 else ():  # all in one order: no deadlock
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(folder / ".lock")
+            try:
+                lock.acquire(timeout=0)
+            except filelock.Timeout:
+                print(f"{folder}: waiting for another job", flush=True)
+                lock.acquire()
+            held.callback(lock.release)
+            for half in folder.glob("*.tmp"):
+                half.unlink()
         ranks.wait()
-        HELD.add(folder)
-        try:
-            yield
-        finally:
-            HELD.discard(folder)
+        yield
 
 
 def check_config(folder: Path, config: dict) -> None:
@@ -211,14 +236,22 @@ def check_config(folder: Path, config: dict) -> None:
 
 
 def saved_steps(folder: Path) -> dict[int, Path]:
-    """{step: checkpoint}; damaged ones are renamed."""
-    steps = {}
+    """{step: checkpoint}. A damaged one is set aside if the other is sound; UserError if none is."""
+    steps, damaged = {}, {}
     for path in filter(Path.exists, (folder / "state.prev.pt", folder / "state.pt")):
         try:
-            steps[load_tensors(path, mmap=True)["step"]] = path  # mapped: not read whole
-        except (UserError, KeyError, TypeError):
-            print(f"{path} is damaged: set aside for the checkpoint before it", file=sys.stderr)
-            os.replace(path, f"{path}.damaged")
+            with reading(path, "a checkpoint of a stage"):
+                step = load_tensors(path, mmap=True)["step"]  # mapped: not read whole, nor are check sums
+                if wrong := zipfile.ZipFile(path).testzip():
+                    raise ValueError(f"{wrong} has another check sum")
+            steps[step] = path
+        except Damaged as error:
+            damaged[path] = error
+    for path, error in damaged.items():
+        if not steps:
+            raise UserError(f"{error}; {folder} has no other checkpoint: training would begin anew without the folder")
+        print(f"{error}: set aside for the checkpoint before it", file=sys.stderr)
+        os.replace(path, f"{path}.damaged")
     return steps
 
 
@@ -276,7 +309,7 @@ class Run:
         before = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             with bar(range(begin, self.length), self.title, self.length, not self.main, initial=begin) as self.bar:
-                yield from self.bar
+                yield from paced(self.bar) if THREADS > 1 else self.bar
         finally:
             hook.remove()
             for number, handler in before.items():

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import images
+import run
 import unet
 
 DEFAULTS = dict(sigma_data=0.5, model_channels=192, channel_mult=[1, 2, 3, 4], channel_mult_emb=4,
@@ -39,9 +39,12 @@ class Snapshot:
 
 def read(path) -> Snapshot:
     """The averaged network ("ema") in NVIDIA's file. UserError if it is damaged, hostile or of another kind."""
-    with images.reading(path):
+    with run.reading(path):
         with open(path, "rb") as file:
-            return _network(_Reader(file).load()["ema"], file.seek(0, 2))
+            try:
+                return _network(_Reader(file).load()["ema"], file.seek(0, 2))
+            except MemoryError:
+                raise ValueError("a length that no memory holds") from None
 
 
 def _network(ema, length: int) -> Snapshot:

@@ -3,7 +3,6 @@
 A stage is a module: NAME, BY (the reference that chooses its best checkpoint), USES (flags of others that its result
 depends on), length, train. Not here: a student's classes (msd.py), teacher and pairs (teacher.py).
 """
-import contextlib
 import functools
 import hashlib
 import itertools
@@ -335,15 +334,16 @@ def distil(stage, students: list[Student], shares: list, inputs: dict, flags, ra
         folder = place if facts.stacked or stage is edm else place / f"student{s.k}"
         asked = replace(s, classes=tuple(D.conditions.tolist()))  # C of D_k: the classes that it is asked for
         folders.setdefault(folder, []).append((asked, D))
-    for folder, rows in folders.items():
-        s, own = rows[0][0], {}
-        if stage is not edm:
-            split = {"partition": [s.classes for s, _ in rows]}
-            own = {"students": s.K, **(split if facts.stacked else {"student": s.k, "classes": s.classes}), **more(s)}
-        run.check_config(folder, {**config(stage, flags, s, inputs[s.seed]), **own})
-        if run.finished(folder, files) and ranks.rank == 0:
-            print(f"{folder}: already trained, reused")
-    with run.alone(flags.run.out, ranks) if shared else contextlib.nullcontext():  # jobs of an array share it
+    with run.alone(list(folders), ranks):
+        for folder, rows in folders.items():
+            s, own = rows[0][0], {}
+            if stage is not edm:
+                mine = {"partition": [s.classes for s, _ in rows]} if facts.stacked else {"student": s.k,
+                                                                                          "classes": s.classes}
+                own = {"students": s.K, **mine, **more(s)}
+            run.check_config(folder, {**config(stage, flags, s, inputs[s.seed]), **own})
+            if run.finished(folder, files) and ranks.rank == 0:
+                print(f"{folder}: already trained, reused")
         todo = ranks.first(lambda: run.unfinished(list(folders), files, facts.stacked))
         if facts.stacked:
             for group in todo:

@@ -86,10 +86,10 @@ def prepare(flags, ranks: Ranks, students_by_class: bool = True) -> dict[int, Gi
     size, net = (network.size, network.net.to(ranks.device)) if network else (t.size or facts.sizes[0], None)
     given = {seed: Given(seed, facts, source, {**origin, "seed": seed}, exact, t.cfg, size, net, real=source)
              for seed in flags.run.all_seeds()}
-    with run.alone(flags.run.out, ranks):  # jobs of an array share all this
+    with run.alone([Path(flags.run.out) / "data"], ranks):  # jobs of an array share all this
         if not facts.stacked:
             data.same_data(flags.run, source())
-            _at_hand(flags, ranks, students_by_class)
+            _at_hand(flags, source().label, ranks, students_by_class)
         if t.which == "train" or exact and students_by_class:
             _networks(flags, given, ranks)
         if students_by_class and flags.order() == ["teacher"]:
@@ -131,8 +131,12 @@ def _loaded(flags, facts: data.Facts) -> students.Network:
     return found
 
 
-def _at_hand(flags, ranks: Ranks, students_by_class: bool) -> None:
-    """Is at hand what is wanted later?"""
+def _at_hand(flags, label: Tensor, ranks: Ranks, students_by_class: bool) -> None:
+    """Is at hand what is wanted later? label [N]: of the images. UserError if not."""
+    count = torch.bincount(label, minlength=data.facts(flags.run.dataset).classes)
+    if count.min() < 2:
+        few = ", ".join(f"{c}: {count[c]}" for c in (count < 2).nonzero()[:8, 0])
+        raise UserError(f"images of a class: ADM and the evaluation want two or more, there are {few}")
     if ranks.rank == 0 and flags.run.features:
         fid.Inception(flags.run.features, ranks.device)
     if ranks.rank == 0 and students_by_class and flags.dm.distance == "lpips":
@@ -177,14 +181,15 @@ def solve(folder: Path, purpose: str, number: int, given: Given, steps: int, ran
     z = torch.randn(1, number, *facts.shape, generator=generator(given.seed, purpose))
     label = data.stratified(number, facts.classes)[None]
     parts = list(zip(z.split(facts.chunk, 1), label.split(facts.chunk, 1)))
-    todo = [i for i in ranks.share(len(parts)) if not run.shard(folder, purpose, i).exists()]
-    for i in run.bar(todo, f"sampling ({purpose})", len(todo), ranks.rank > 0):
-        y = make_pairs(given.mu_teacher, *(v.to(ranks.device) for v in parts[i]), steps)[0].cpu()
-        run.save_tensors(run.shard(folder, purpose, i), {"y": y if facts.stacked else y.half()})
-    ranks.wait()
+    with run.alone([folder], ranks):
+        todo = [i for i in ranks.share(len(parts)) if not run.shard(folder, purpose, i).exists()]
+        for i in run.bar(todo, f"sampling ({purpose})", len(todo), ranks.rank > 0):
+            y = make_pairs(given.mu_teacher, *(v.to(ranks.device) for v in parts[i]), steps)[0].cpu()
+            run.save_tensors(run.shard(folder, purpose, i), {"y": y if facts.stacked else y.half()})
+        ranks.wait()
     y = run.load_shards(folder, purpose, len(parts))
     if y.shape != z.shape[1:]:
-        raise UserError(f"{folder}: damaged; delete it")
+        raise UserError(f"{folder}: {list(y.shape)} samples, {list(z.shape[1:])} wanted: damaged, without it made anew")
     return {"z": z, "y": y[None], "label": label}
 
 

@@ -58,7 +58,7 @@ def refused(capsys, main, argv) -> str:
         main(argv)
     assert stop.value.code == 2
     err = capsys.readouterr().err.strip()
-    assert err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("error: ") and "Traceback" not in err and "MSD_DEBUG" not in err
     return err.splitlines()[-1]
 
 

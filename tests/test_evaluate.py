@@ -203,11 +203,11 @@ def test_merged_keeps_what_belongs_together_and_sets_aside_what_does_not(tmp_pat
         run.save_json(path, whole)
         return {stage: set(of_k) for stage, of_k in whole["stages"].items()}
     same = {"lr": 1.0, "bins": (0, 450)}  # a tuple is a list in the file
-    assert ended({"adm": [3], "dm": [3]}, same, partition={"3": 1}) == {"adm": {"3"}, "dm": {"3"}}
-    assert ended({"dm": [2]}, same, partition={"2": 1}) == {"dm": {"2", "3"}, "adm": {"3"}}
+    assert ended({"adm": [3], "dm": [3]}, same, edges={"3": 1}) == {"adm": {"3"}, "dm": {"3"}}
+    assert ended({"dm": [2]}, same, edges={"2": 1}) == {"dm": {"2", "3"}, "adm": {"3"}}
     kept = run.load_json(path)
     assert list(kept["stages"]) == ["dm", "adm"] and set(kept["students"]) == {"3"}
-    assert set(kept["partition"]) == {"2", "3"} and not list(tmp_path.glob("*previous*"))
+    assert set(kept["edges"]) == {"2", "3"} and not list(tmp_path.glob("*previous*"))
     for i, (config, seeds) in enumerate([({**same, "lr": 2.0}, (0,)), (same, (0, 1)), ({**same, "new": 1}, (0, 1))]):
         capsys.readouterr()
         assert ended({"dm": [1]}, config, seeds) == {"dm": {"1"}}

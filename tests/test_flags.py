@@ -1,6 +1,6 @@
 """Command lines: flag beats preset beats default; what is refused, one line each; every conflict has its command."""
 import dataclasses
-import json
+import os
 
 import pytest
 
@@ -54,7 +54,7 @@ def test_what_is_refused(line, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_commands_end_in_one_line(capsys, tmp_path):
+def test_commands_end_in_one_line(capsys, tmp_path, monkeypatch):
     """What the user can mend, whoever says it; what is our own mistake keeps its trace."""
     def main(error):
         @command
@@ -64,12 +64,16 @@ def test_commands_end_in_one_line(capsys, tmp_path):
             raise error
         return fails
     assert refused(capsys, main(UserError("so it is")), []) == "error: so it is"
-    for wrong, words in ((lambda: open(tmp_path / "nowhere"), "nowhere"), (lambda: json.loads("[1"), "damaged"),
+    for wrong, words in ((lambda: open(tmp_path / "nowhere"), "nowhere"), (lambda: os.stat(""), "No such file"),
                          (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "--micro-batch"),
                          (lambda: check(parsed(""), [(lambda f: True, "--seed {f.run.seed}: no")]), "--seed 0: no")):
         assert words in refused(capsys, main(wrong), [])
-    with pytest.raises(ZeroDivisionError):
-        main(ZeroDivisionError())()
+    for debug in ("", "1"):
+        monkeypatch.setenv("MSD_DEBUG", debug)
+        with pytest.raises(SystemExit, match="2"):
+            main(ZeroDivisionError("no"))()
+        err = capsys.readouterr().err
+        assert "error: ZeroDivisionError: no (MSD_DEBUG=1 shows where)" in err and ("Traceback" in err) == bool(debug)
     with pytest.raises(SystemExit) as end:
         main(KeyboardInterrupt())()
     assert end.value.code == 130 and "last checkpoint" in capsys.readouterr().err

@@ -174,11 +174,6 @@ IMAGES = ("samples", "fd", "training")
     ((1, 64), ("cd",), {"m": "fd", "classes": 64}, IMAGES)])
 def test_msd(tmp_path, drawn, ks, stages, more, names):
     msd_run(tmp_path, ks, stages, **more)
-    if len(ks) > 1 and "m" not in more:
-        (tmp_path / "seed0" / "teacher").mkdir()
-        error = {"sigma": np.geomspace(0.002, 80, 21).tolist(), "error": np.geomspace(0.3, 0.2, 21).tolist()}
-        (tmp_path / "seed0" / "teacher" / "error.json").write_text(json.dumps(error))
-        names = (*names, "teacher")
     paths = plot.draw(tmp_path)
     assert sorted(p.stem for p in paths) == sorted(names) and all(p.parent == tmp_path / "figures" for p in paths)
     whole(drawn, *names)
