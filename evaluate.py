@@ -373,10 +373,6 @@ def compare(out: Path, names: list[str]) -> list[str]:
         seeds, ks = [seed for seed in mine["seeds"] if seed in theirs["seeds"]], [K for K in a if K in b]
         if not seeds or not ks or mine["samples"] != theirs["samples"]:
             raise UserError(f"--compare {first} {name}: no seed or K that both have, or other numbers of samples")
-        if a.keys() != b.keys():
-            lines.append(f"{first} has K = {', '.join(a)}, {name} K = {', '.join(b)}: compared on {', '.join(ks)}")
-        if mine["seeds"] != theirs["seeds"]:
-            lines.append(f"{first} with seeds {mine['seeds']}, {name} with {theirs['seeds']}: compared on {seeds}")
         for K in ks:
             for metric, what in ((mine["metric"], "teacher"), (f"{mine['metric']}_data", "data")):
                 question = f"K = {K}, {first} below {name}, to the {what}?"

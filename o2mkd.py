@@ -8,7 +8,6 @@ from student to student: an evaluation costs one student, whatever N is.
   denoising loss + lambda KD                 [O2MKD Eq. 2, Eq. 3]     o2mkd_loss
   KD by features [Zagoruyko 2017], [Tung and Mori 2019], [Tian 2020]  FEATURE_LOSSES
   students merged into one                   [Ilharco 2023]           merge
-  blocks of classes x ranges                 in neither paper         --ranges
 
 Departures from the paper, whose formulas and most numbers are not in its text
  1. Timesteps are edm.sigma_bins, losses EDM's, samplers Heun's and its first order, DDIM; networks know the class.
@@ -34,7 +33,6 @@ import data
 import edm
 import evaluate
 import fid
-import msd
 import run
 import teacher
 from common import AdamW, Average, Draws, Student, generator, learning_rate, leave
@@ -59,7 +57,6 @@ class Flags:
     run: run.Flags
     teacher: edm.Flags
     students: list[int] = flag([4], "numbers of students N", low=1)
-    ranges: int = flag(0, "noise ranges R; the classes are cut into N / R blocks, R students each; 0 = N", low=0)
     scheme: str = flag("uniform", "uniform; small, large: more students at that noise; or bins: 0-99,100-999")
     p: float = flag(0.75, "chance that an update's sigma are of the own range", low=0, below=1 + 1e-9)
     kd: str = flag("prediction", "what is distilled", choices=tuple(LAMBDA))
@@ -83,13 +80,6 @@ class Flags:
         """lambda"""
         return LAMBDA[self.kd] if self.kd_weight < 0 else self.kd_weight
 
-    @property
-    def tag(self) -> str:
-        return self.run.tag or f"{self.ranges}ranges" * (self.ranges > 0)
-
-    def edges(self, N: int) -> list[int]:
-        """Of the R ranges of N students."""
-        return ranges(self.ranges or N, self.scheme)
 
 
 # ours: the paper prints none; cifar10, imagenet64: never run
@@ -102,8 +92,6 @@ PRESETS = {"run": run.PRESETS, "teacher": edm.PRESETS, "": {
     ("imagenet64", "default"): dict(LONG, lr=1e-4, ema=0.9999)}}
 PRESETS[""]["imagenet64", "paper"] = PRESETS[""]["imagenet64", "default"]
 CONFLICTS = [
-    (lambda f: f.ranges and any(N % f.ranges for N in f.students),
-     "--ranges {f.ranges}: --students must be multiples of it"),
     (lambda f: f.kd in FEATURE_LOSSES and (f.teacher.which == "exact" or f.teacher.cfg != 1),
      "--kd {f.kd}: the closed form has no features, and --cfg guides predictions alone"),
     *teacher.CONFLICTS,
@@ -127,25 +115,20 @@ def ranges(number: int, scheme: str = "uniform") -> list[int]:
 
 
 class Router:
-    """Which student k [...] answers? The owner of the sigma [...] passed to the network; the outer ranges are open.
+    """Which student k [...] answers? The owner of the sigma [...] passed to the network; the outer ranges are open."""
 
-    parts: blocks of classes; student block * R + range answers for its block."""
-
-    def __init__(self, edges: list[int], parts=()):
-        self.edges = edges
+    def __init__(self, edges: list[int]):
         self.bounds = edm.sigma_bins(BINS)[edges[1:-1]].float()  # a sampler passes float32 levels
-        self.of_class = msd.Router(parts) if len(parts) > 1 else None
 
-    def __call__(self, sigma: Tensor, label: Tensor | None = None) -> Tensor:
-        k = torch.bucketize(sigma.float(), self.bounds.to(sigma.device), right=True)
-        return k + (len(self.edges) - 1) * self.of_class(label) if self.of_class else k
+    def __call__(self, sigma: Tensor) -> Tensor:
+        return torch.bucketize(sigma.float(), self.bounds.to(sigma.device), right=True)
 
 
 def routed(denoisers: list, router: Router):
     """The denoiser (x, sigma, label) -> D that asks each sample's own student; the teacher in the place of some makes
     the paper's hybrid (FID2)."""
     def denoise(x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
-        k = router(sigma, label)
+        k = router(sigma)
         owners = k.unique().tolist()
         if len(owners) == 1:
             return denoisers[owners[0]](x, sigma, label)
@@ -245,7 +228,7 @@ def train(run, flags, task) -> dict:
     if kd in FEATURE_LOSSES:
         mu_teacher = task.teacher_net
         project = Projection(kd, run.students, G.net.bottleneck, mu_teacher.net.bottleneck).to(task.device)
-    own = [flags.edges(s.K)[s.k % (flags.ranges or s.K):][:2] for s in run.students]
+    own = [ranges(s.K, flags.scheme)[s.k:][:2] for s in run.students]
     low, high = torch.tensor(own, device=task.device).T  # [M]
     start = copy.deepcopy(G).requires_grad_(False)  # theta_0
     average, opt = Average(G, flags.ema), AdamW(nn.ModuleList([G, project]), run)
@@ -270,7 +253,7 @@ def train(run, flags, task) -> dict:
 
 def folder_of(flags, seed: int, N: int) -> Path:
     """OUT/seedS/o2mkdN[-TAG]"""
-    return Path(flags.run.out) / f"seed{seed}" / f"o2mkd{N}{run.suffix(flags.tag)}"
+    return Path(flags.run.out) / f"seed{seed}" / f"o2mkd{N}{run.suffix(flags.run.tag)}"
 
 
 def size_of(flags, facts: data.Facts, teacher_size):
@@ -318,9 +301,8 @@ def load_students(folder) -> Students:
     places = [folder] if first == folder else [folder / f"student{k}" for k in range(N)]
     found = [load_network(place / "ema.pt") for place in places]
     denoisers = [one_of(network, k) for network in found for k in range(len(network.parts))]
-    router = Router(edges, msd.partition(facts.classes, N // (len(edges) - 1)))
     seconds, flops = sum(n.seconds for n in found), sum(n.flops * len(n.parts) for n in found)
-    return Students(facts, one_of(start, 0), denoisers, router, seconds, flops)
+    return Students(facts, one_of(start, 0), denoisers, Router(edges), seconds, flops)
 
 
 def merge(start: edm.Precond, students: list[edm.Precond], c: float | None = None) -> edm.Precond:
@@ -343,18 +325,6 @@ def steadiness(folder: Path) -> dict:
             n, tenths = max(1, len(v) // 20), [w for w in v.tensor_split(10)[5:] if len(w)]
             found.append([1 - v[-n:].mean() / v[:n].mean(), sum(w.std(correction=0) / w.mean() for w in tenths) / 5])
         out[name] = dict(zip(("fall", "variation"), torch.tensor(found).mean(0).tolist()))
-    return out
-
-
-@torch.no_grad()
-def inside_outside(D, teacher, router: Router, k: int, x: Tensor, label: Tensor, seed: int) -> dict:
-    """Losses of student k on data x [1, n, *shape], in its own range and at other levels [O2MKD Table 7]."""
-    g, bins, out = generator(seed, "inside"), torch.arange(BINS), {}
-    own = router(level(bins)) == k
-    for where, there in (("in", bins[own]), ("out", bins[~own])):
-        sigma = level(there[torch.randint(len(there), x.shape[:2], generator=g)]).to(x.device)
-        _, parts = o2mkd_loss(D, teacher, x, label, sigma, torch.randn(x.shape, generator=g).to(x.device), 1.0)
-        out |= {f"{loss}_{where}": v.mean().item() for loss, v in parts.items()}
     return out
 
 
@@ -429,11 +399,10 @@ def measured(flags: Flags, given, N: int, device):
         c = min(scan, key=scan.get)
         yield row("merged-mean", by(merge(found.start, found.denoisers)))
         yield row("merged", by(merge(found.start, found.denoisers, c)), more={"c": c, "scan": [*scan.values()]})
-    if 0 <= flags.inspect < N > 1 and not flags.ranges:
+    if 0 <= flags.inspect < N > 1:
         k, D = flags.inspect, found.denoisers[flags.inspect]
-        losses = inside_outside(D, mu, found.router, k, *some_data("inspect", 20_000), seed)
-        yield row(f"alone-{k}", by(D), more=losses)
-        yield row(f"hybrid-{k}", by(routed([D if i == k else mu for i in range(N)], found.router)), more=losses)
+        yield row(f"alone-{k}", by(D))
+        yield row(f"hybrid-{k}", by(routed([D if i == k else mu for i in range(N)], found.router)))
     for steps in flags.curve:
         for sampler in edm.SAMPLERS:
             yield row(f"{sampler}-{steps}", by(denoise, steps, sampler))
@@ -447,12 +416,12 @@ def report(flags: Flags, inputs: dict, device) -> None:
             for name, row in run.bar(measured(flags, given, N, device), f"sampling, N = {N}", None):
                 rows.setdefault(name, {}).setdefault(str(N), []).append(row)
     of_teacher, cost = rows.pop("teacher", {}).get("0"), {N: of[0].more for N, of in rows.pop("cost").items()}
-    own = values(flags, *USES, "scheme", "ranges", "keep", "student_size", "init", "sampler")
+    own = values(flags, *USES, "scheme", "keep", "student_size", "init", "sampler")
     config = {**inputs[flags.run.seed].ancestry, **own, "kd_weight": flags.weight, "sampler_steps": steps}
     results = evaluate.results_of(
         flags.run, inputs, rows, edm.evaluations(steps, flags.sampler), of_teacher, NAME, configs={NAME: config},
-        cost=cost, steps=steps, sampler=flags.sampler, edges={str(N): flags.edges(N) for N in flags.students})
-    path = Path(flags.run.out) / f"results-o2mkd{run.suffix(flags.tag)}.json"
+        cost=cost, steps=steps, sampler=flags.sampler, edges={str(N): ranges(N, flags.scheme) for N in flags.students})
+    path = Path(flags.run.out) / f"results-o2mkd{run.suffix(flags.run.tag)}.json"
     evaluate.report(path, results, evaluate.verdicts(results))
 
 
@@ -462,7 +431,7 @@ def main(argv=None) -> int:
     flags = parse(Flags, PRESETS, argv, __doc__)
     check(flags, CONFLICTS)
     for N in flags.students:
-        print(f"o2mkd: N = {N}, ranges end before the bins {flags.edges(N)[1:]}")
+        print(f"o2mkd: N = {N}, ranges end before the bins {ranges(N, flags.scheme)[1:]}")
     if flags.run.dry_run:
         print(describe(flags))
         return 0
@@ -472,15 +441,13 @@ def main(argv=None) -> int:
     students = []
     for seed, given in inputs.items():
         theta_0 = start_of(flags, given)
-        for N in flags.students:
-            R = flags.ranges or N
-            Y = msd.partition(given.facts.classes, N // R)  # student block * R + range
-            students += [Student(seed, N, k, tuple(Y[k // R].tolist()), theta_0) for k in range(N)]
+        everything = tuple(range(given.facts.classes))
+        students += [Student(seed, N, k, everything, theta_0) for N in flags.students for k in range(N)]
 
-    shares = [msd.filter_adm(whole(inputs[s.seed].facts), torch.tensor(s.classes)) for s in students]
+    shares = [whole(inputs[s.seed].facts) for s in students]
     distil(sys.modules[__name__], students, shares, inputs, flags, ranks,
            home=lambda stage, flags, s: folder_of(flags, s.seed, s.K),
-           more=lambda s: {"edges": flags.edges(s.K), "size": s.start.size, "kd_weight": flags.weight})
+           more=lambda s: {"edges": ranges(s.K, flags.scheme), "size": s.start.size, "kd_weight": flags.weight})
 
     if ranks.rank == 0:
         report(flags, inputs, ranks.device)

@@ -157,7 +157,7 @@ def reading(path, wanted: str = "what is wanted here"):
         yield
     except Exception as error:
         if isinstance(error, OSError) and error.errno and not error.filename:
-            error.filename = str(path)
+            raise OSError(error.errno, error.strerror, str(path)) from None
         if isinstance(error, UserError) or of_machine(error):
             raise
         what = ascii(f"{type(error).__name__}: {error}")[1:-1][:200]  # printable, whatever a hostile file says

@@ -309,10 +309,10 @@ class Data(NamedTuple):
     conditions: Tensor  # C: classes that G is asked for
 
 
-def whole(facts: data.Facts, pairs: int = 0, real: Tensor | None = None) -> Data:
-    """D of a dataset; real: classes that there are data of."""
+def whole(facts: data.Facts, pairs: int = 0) -> Data:
+    """D of a dataset."""
     classes = torch.arange(facts.classes)
-    return Data(torch.arange(pairs), data.stratified(pairs, facts.classes), classes if real is None else real, classes)
+    return Data(torch.arange(pairs), data.stratified(pairs, facts.classes), classes, classes)
 
 
 def distil(stage, students: list[Student], shares: list, inputs: dict, flags, ranks: Ranks, home=home_of,

@@ -3,7 +3,6 @@
 `prepare` makes it, or reuses the run folder's. --teacher: train; a checkpoint; NVIDIA's .pkl; exact: the toy's closed
 form, with weights by TSM. Not here: training (edm.py), distances (evaluate.py).
 """
-import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable
@@ -111,8 +110,7 @@ def prepare(flags, ranks: Ranks, students_by_class: bool = True) -> dict[int, Gi
             generated = data.Generated(y, label, list(given))
         for g in given.values():
             g.real = source if flags.real == "data" else lambda: generated
-            present = None if facts.stacked and flags.real == "data" else g.real().label.unique().cpu()
-            g.D = students.whole(facts, flags.dm.pairs, present)
+            g.D = students.whole(facts, flags.dm.pairs)
     return given
 
 
@@ -159,9 +157,6 @@ def _networks(flags, given: dict[int, Given], ranks: Ranks) -> None:
                 for seed, g in given.items()]
     for s in students.distil(stage, everyone, [students.whole(facts)] * len(everyone), given, flags, ranks):
         given[s.seed].net = s.start.load().to(ranks.device)
-        folder = students.home_of(stage, flags, s)
-        if facts.exact and stage is edm and ranks.rank == 0 and not (folder / "error.json").exists():
-            _compare(given[s.seed].net, facts, s.seed, folder)
 
 
 # ---- samples of the teacher
@@ -222,29 +217,3 @@ def _references(flags, given: Given, ranks: Ranks) -> dict:
         a, b = (judge.statistics(v[:n], label[:n]) for v in (given.pairs["y"][0].cpu(), y))
         out["floor"] = judge.distance(a, b)
     return out
-
-
-# ---- against the exact denoiser
-
-@torch.no_grad()
-def error_by_level(D, exact, levels: Tensor, facts: data.Facts, seed: int, points: int = 20_000) -> Tensor:
-    """RMS difference of D from the exact denoiser per level, in units of c_out(sigma)."""
-    g = generator(seed, "error by level")
-    label = data.stratified(points, facts.classes)[None]
-    x, noise = facts.sample(label, g), torch.randn(1, points, *facts.shape, generator=g)
-    out = []
-    for level in levels.tolist():
-        sigma = torch.full(label.shape, level)
-        x_t = x + level * noise
-        square = edm.per_sample((D(x_t, sigma, label) - exact(x_t, sigma, label)) ** 2).mean()
-        out.append((square * edm.loss_weight(sigma[0, 0], facts.sigma_data)).sqrt())
-    return torch.stack(out)
-
-
-def _compare(D, facts: data.Facts, seed: int, folder: Path) -> None:
-    """Print and keep the error by noise level."""
-    levels = torch.tensor([0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 2.0, 10.0, 80.0])
-    error = error_by_level(copy.deepcopy(D).cpu(), facts.exact, levels, facts, seed)
-    run.save_json(folder / "error.json", {"sigma": levels.tolist(), "error": error.tolist()})
-    shown = ", ".join(f"{e:.3f} at {s:g}" for s, e in zip(levels.tolist(), error.tolist()))
-    print(f"teacher of seed {seed}: RMS error by sigma, in units of c_out: {shown}")

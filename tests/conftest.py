@@ -127,6 +127,21 @@ def trained(stage, group, flags, folder, **more) -> dict:
     return stage.train(one, flags, task)
 
 
+@torch.no_grad()
+def error_by_level(D, exact, levels, facts, seed: int, points: int = 20_000):
+    """RMS difference of D from the exact denoiser per level, in units of c_out(sigma)."""
+    g = generator(seed, "error by level")
+    label = data.stratified(points, facts.classes)[None]
+    x, noise = facts.sample(label, g), torch.randn(1, points, *facts.shape, generator=g)
+    out = []
+    for level in levels.tolist():
+        sigma = torch.full(label.shape, level)
+        x_t = x + level * noise
+        square = edm.per_sample((D(x_t, sigma, label) - exact(x_t, sigma, label)) ** 2).mean()
+        out.append((square * edm.loss_weight(sigma[0, 0], facts.sigma_data)).sqrt())
+    return torch.stack(out)
+
+
 def assert_stack_is_its_members(train):
     """Nothing crosses students: train(students, name) -> state of a stack, together and one by one, in float64."""
     group = [Student(0, 2, 0, (0, 1, 2, 3)), Student(0, 2, 1, (4, 5, 6, 7)), Student(1, 1, 0, ALL)]

@@ -33,7 +33,7 @@ COMMANDS = {                                   # name: command lines of one run 
     "partition": ["msd.py --preset smoke --students 3 --partition kmeans", "msd.py --preset smoke --students 3 --partition random"],
     "prompts": ["msd.py --preset smoke --dataset toy-prompts --students 4 --partition quadrant --cfg 1.5"],
     "exact": ["msd.py --preset smoke --teacher exact --students 2 --stages dm,adm"],
-    "o2mkd": ["o2mkd.py --preset smoke --students 1 2 --merge --inspect 0 --curve 3 4", "o2mkd.py --preset smoke --students 4 --ranges 2 --scheme small",
+    "o2mkd": ["o2mkd.py --preset smoke --students 1 2 --merge --inspect 0 --curve 3 4", "o2mkd.py --preset smoke --students 4 --tag small --scheme small",
               "o2mkd.py --preset smoke --students 2 --kd similarity --tag similarity --p 0.5", "o2mkd.py --preset smoke --students 2 --kd attention --tag attention",
               "o2mkd.py --preset smoke --students 2 --kd contrastive --tag contrastive --sampler ddim", "o2mkd.py --preset smoke --students 2 --init o2mkd1 --tag fork --merge"],
     "fashion": [f"msd.py {FASHION} --stages dm,adm", f"msd.py {FASHION} --students 2 --stages tsm,dm --student-size XXS --teacher-size XS --init-no"],

@@ -8,10 +8,9 @@ import common
 import data
 import edm
 import run
-import teacher
 import toy_mog
 from common import Student
-from conftest import ALL, given, options, trained
+from conftest import ALL, error_by_level, given, options, trained
 from edm import Precond, heun, sigma_bins, sigma_steps
 
 
@@ -132,7 +131,7 @@ def test_error_by_level():
     def off(x, s, c):
         return toy_mog.denoiser(x, s, c) + 0.1 * (s * 0.5 / (s ** 2 + 0.25).sqrt())[..., None]
     for D, error in ((toy_mog.denoiser, 0.0), (off, 0.1)):
-        found = teacher.error_by_level(D, toy_mog.denoiser, levels, facts, 0, 100)
+        found = error_by_level(D, toy_mog.denoiser, levels, facts, 0, 100)
         torch.testing.assert_close(found, torch.full((2,), error))
 
 

@@ -182,7 +182,7 @@ def test_every_number_stands_where_it_stood(tmp_path):
     drift = {"drift-far": {0: [Row(more={"distance": 1.0})]}}
     made = results({"o2mkd": {4: [row]}, **drift}, tmp_path, (0,), method="o2mkd")
     own = ("/cost", "/edges", "/steps", "/stages/loss", "/stages/drift-n")  # of o2mkd.py
-    golden = GOLDEN["o2mkd"]["results"]["results-o2mkd-2ranges.json"]
+    golden = GOLDEN["o2mkd"]["results"]["results-o2mkd-small.json"]
     assert set(numbers(made)) == {k for k in golden if not k.startswith(own)}
     assert made["method"] == "o2mkd" and made["title"] == made["metric"] == "l1"
 
@@ -321,9 +321,6 @@ def variants(tmp_path):
 def test_compare_k_by_k(variants, capsys):
     evaluate.main([str(variants), "--compare", "none", "reg", "none/dm"])
     lines = capsys.readouterr().out.splitlines()
-    other = [line for line in lines if "compared on" in line]
-    assert len(other) == 1 and "none/dm K = 1, 8: compared on 8" in other[0], other
-    lines.remove(*other)
     assert [line.split(",")[1] for line in lines] == [" none/adm below reg/dm"] * 2 + [" none/adm below none/dm"] * 2
     assert "to the teacher?: 0.2000 against 0.4000" in lines[0] and "to the data?: 1.2000 against 1.4000" in lines[1]
     evaluate.main([str(variants), "--compare", "none/dm", "o2mkd"])
@@ -334,8 +331,7 @@ def test_compare_takes_the_seeds_that_both_have(variants, capsys):
     for names, numbers in ((["none", "five"], "0.2000 against 0.4000"), (["five", "none"], "0.4000 against 0.2000"),
                            (["five", "seeds"], "1.4000 against 0.4000")):
         evaluate.main([str(variants), "--compare", *names])
-        said, line, _ = capsys.readouterr().out.splitlines()
-        assert "compared on [1]" in said if "seeds" in names else "[2, 1, 0]" in said and "compared on [0]" in said
+        line, _ = capsys.readouterr().out.splitlines()
         assert numbers in line and "n = 1" in line
 
 

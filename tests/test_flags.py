@@ -88,7 +88,7 @@ CONFLICTS = {
     msd: ["--init nowhere", "--students 9", "--method cd --stages adm", "--student 0", "--student-size XS", "--init dm --stages tsm",
           "--dm-weight 0 --reg-weight 0", "--reg-warmup 3000", "--anneal 301", "--distance lpips",
           f"{FASHION} --select-samples 19", *TEACHER],
-    o2mkd: ["--ranges 3", "--kd attention --cfg 2 --label-dropout 0.1", *TEACHER],
+    o2mkd: ["--kd attention --cfg 2 --label-dropout 0.1", *TEACHER],
 }
 
 

@@ -10,10 +10,9 @@ import data
 import dmd
 import edm
 import post
-import teacher
 import tsm
 from common import Student
-from conftest import ALL, Killed, assert_stack_is_its_members, denoiser, kill_after, options, same, trained
+from conftest import ALL, Killed, assert_stack_is_its_members, denoiser, error_by_level, kill_after, options, same, trained
 from run import load_tensors
 
 LOOPS = {
@@ -77,6 +76,6 @@ def test_a_short_training_approaches_the_exact_denoiser(tmp_path, stage, line):
     """The error falls well below that of the start."""
     levels, facts = torch.tensor([0.1, 0.5, 2.0]), data.facts("toy")
     D = trained(stage, [Student(0, 1, 0, ALL)], options(line + " --save-every 500"), tmp_path, width=24)["ema.pt"]
-    before, after = (teacher.error_by_level(net.requires_grad_(False), facts.exact, levels, facts, 0, 2000)
+    before, after = (error_by_level(net.requires_grad_(False), facts.exact, levels, facts, 0, 2000)
                      for net in (denoiser(24), D))
     assert (after < 0.5 * before).all()
