@@ -5,17 +5,19 @@
   python tests/benchmark.py --samples runs/toy/seed0/students8         one-step students against the teacher's sampler
   python tests/benchmark.py --unet EDM    our U-Net against NVIDIA's; EDM: a checkout of github.com/NVlabs/edm
   python tests/benchmark.py --main toy    the main job: where each second goes, and the share of the matmul limit
+  python tests/benchmark.py --load 0 2    a DM update of the toy beside 0 and 2 busy processes, by threads
   python tests/benchmark.py --dm B XXS    a DM update of ImageNet-64 on this device: images a second and memory
 """
 import argparse
 import os
 import pickle
+import subprocess
 import sys
 import tempfile
 import time
 import types
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 os.environ["TQDM_DISABLE"] = "1"
@@ -59,7 +61,7 @@ def throughput(function, number: int) -> float:
     return number / min(seconds(function) for _ in range(3))
 
 
-def per_update(line: str, groups, size, pairs: int) -> float:
+def per_update(line: str, groups, size, pairs: int, middle=median) -> float:
     """Seconds of a DM update of a stack of students of these groups of classes."""
     flags = parse(msd.Flags, msd.PRESETS, f"--reg-warmup 0 --fake-warmup 0 --select-samples 8 {line}".split())
     marks = []
@@ -67,7 +69,8 @@ def per_update(line: str, groups, size, pairs: int) -> float:
         training, *rest = stack(dmd, flags, groups, size, Path(folder), pairs, common.Ranks(device=DEVICE))
         training.save = lambda *a: marks.append(now())
         dmd.train(training, *rest)
-    return median(b - a for a, b in zip(marks, marks[1:-1]))
+    updates = [b - a for a, b in zip(marks, marks[1:-1])]
+    return middle(updates)
 
 
 def stacked(given) -> None:
@@ -197,11 +200,27 @@ def main_job(given) -> None:
     print(f"{whole:>7.1f} s  the main job")
 
 
+def load(given) -> None:
+    """With one thread, with all, and with what run.paced takes."""
+    groups, most = [[k] for k in range(8)] + [[*range(8)]], run.THREADS
+    line = f"--steps {6 if given.quick else 200}"
+    for n in map(int, given.load):
+        busy = "import torch\nwhile True: torch.bmm(torch.zeros(9, 512, 128), torch.zeros(9, 128, 64))"
+        others = [subprocess.Popen([sys.executable, "-c", busy]) for _ in range(n)]
+        time.sleep(5 * (n > 0))
+        for name, threads, paced in (("1 thread", 1, False), (f"{most} threads", most, False), ("paced", most, True)):
+            torch.set_num_threads(threads)
+            run.THREADS = most if paced else 1  # 1: as they are
+            print(f"beside {n}: {name} {1e3 * per_update(line, groups, 'B', 1000, mean):.0f} ms an update", flush=True)
+        for process in others:
+            process.kill()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--dataset", default="toy", choices=data.DATASETS)
-    jobs = {"unet": unets, "samples": samples, "dm": updates, "sizes": sizes, "main": main_job}
+    jobs = {"unet": unets, "samples": samples, "dm": updates, "sizes": sizes, "main": main_job, "load": load}
     for name in jobs:
         parser.add_argument(f"--{name}", nargs="+", default=[], metavar="OF")
     given = parser.parse_args()

@@ -47,7 +47,7 @@ def stack(stage, flags, groups, size, out: Path, pairs: int, ranks=None) -> tupl
                   judge=judge, pairs=held, references={"select": 0.0, "real_select": 0.0})
     start = Start("teacher", size, lambda: D)
     students = [Student(0, len(groups), k, tuple(Y_k), start) for k, Y_k in enumerate(groups)]
-    shares = [whole(facts, pairs, torch.tensor(s.classes)) for s in students]
+    shares = [whole(facts, pairs)._replace(real=torch.tensor(s.classes)) for s in students]
     training = run.Run(stage.NAME, students, {out: slice(0, len(students))}, steps, batch, facts.shape,
                        flags.run.save_every, flags.run.micro_batch, ranks)
     return training, flags, Task(stage, students, shares, {0: given}, flags, ranks)

