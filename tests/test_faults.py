@@ -22,18 +22,15 @@ from PIL import Image
 import common
 import data
 import dmd
-import edm
-import evaluate
 import fid
 import images
 import msd
 import o2mkd
-import plot
 import reproduce
 import run as runs
 import sample
 import teacher
-from conftest import ROOT, refused, same
+from conftest import ROOT, finished, refused, same
 from flags import UserError, option, parse
 from run import load_tensors
 from test_data import save
@@ -361,12 +358,18 @@ FAULTS = {
     "a folder": lambda p: (p.unlink(), p.mkdir()), "nowhere": lambda p: (p.unlink(), p.symlink_to("gone"))}
 
 
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """A finished smoke run of one student."""
+    return finished(tmp_path_factory.mktemp("single") / "run", "--students", "1")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
-def test_every_file_that_a_command_reads(fault, run, tmp_path, monkeypatch, capsys):
+def test_every_file_that_a_command_reads(fault, single, tmp_path, monkeypatch, capsys):
     """One line that names the file, or it works; no other file is touched by a command that is refused."""
     monkeypatch.setattr("plot.draw", lambda *_: [])
-    again = [*SMOKE, "--students", "1", "3", "--seeds", "2", "--out"]
+    again, run = [*SMOKE, "--students", "1", "--out"], single
     for path in sorted(run.rglob("*")):
         if path.suffix not in (".pt", ".json", ".csv"):
             continue
