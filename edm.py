@@ -8,7 +8,7 @@ Trains D(x; sigma, label), an estimate of E[x0 | x0 + sigma n = x, label], from 
   loss weight and loss                    [EDM Eq. 2], [MSD Eq. 8]'s lambda_t      loss_weight, denoising_loss
   deterministic and stochastic sampler    [EDM Alg. 1], [EDM Alg. 2]               heun; of first order: ddim
 
-Not here: loading, guidance, comparison with the exact denoiser (teacher.py), the toy's exact denoiser (toy_mog.py).
+Not here: loading, guidance (teacher.py), the toy's exact denoiser (toy_mog.py).
 
 Departures from the paper
  1. Noise law of the toy: ln sigma ~ N(-2.5, 1.5^2), and one draw in ten uniform on the Karras grid, without which the

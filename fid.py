@@ -84,7 +84,7 @@ class Inception:
 
     def __init__(self, path, device="cpu"):
         self.device = device
-        with run.reading(f"{path}: not NVIDIA's {INCEPTION}"):
+        with run.reading(path, f"NVIDIA's {INCEPTION}"):
             self.net = torch.jit.load(str(path), map_location=device).eval()
             probe = self.features(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
             if probe.shape != (2, self.dimension):
@@ -157,7 +157,7 @@ def save_classifier(path, net: Classifier) -> None:
 def load_classifier(path) -> Classifier:
     """Frozen, on the CPU. UserError if the file is damaged or something else."""
     saved = run.load_tensors(Path(path))
-    with run.reading(f"{path}: not a classifier of this code"):
+    with run.reading(path, "a classifier of this code"):
         net = Classifier(saved["shape"], saved["classes"])
         net.load_state_dict(saved["net"])
     return net.requires_grad_(False).eval()

@@ -42,10 +42,10 @@ def said(error: BaseException) -> str:
         return str(error)
     if no_memory(error):
         return f"the memory is full; --micro-batch N takes N samples at a time ({error})"
-    if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
-        return f"another rank stopped, and says why itself: {error}"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'system'}: {error.strerror}"
+    if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+        return f"another rank stopped, and says why itself: {error}"
     return f"{type(error).__name__}: {error}".partition("\n")[0] + " (MSD_DEBUG=1 shows where)"
 
 

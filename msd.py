@@ -374,8 +374,9 @@ def divide(flags: Flags, ranks: common.Ranks) -> None:
     """Do ranks, batches and classes divide, is there room? Said now, not after the teacher. UserError if not."""
     out = Path(flags.run.out).absolute()
     place = next(p for p in (out, *out.parents) if p.exists())
-    here, free = sum(p.stat().st_size for p in out.rglob("state*.pt")), shutil.disk_usage(place).free
-    wanted = 3 * memory(flags) * len(flags.run.all_seeds()) * sum(flags.students)  # old, new and newest
+    here, free = sum(p.stat().st_size for p in out.rglob("state*.pt") if p.exists()), shutil.disk_usage(place).free
+    each = len(flags.students) if flags.student >= 0 else sum(flags.students)
+    wanted = 3 * memory(flags) * len(flags.run.all_seeds()) * each  # old, new and newest
     if wanted > here + free:
         raise UserError(f"{place}: checkpoints want {wanted / 2 ** 30:.1f} GiB, free are {free / 2 ** 30:.1f}")
     for K in flags.students:

@@ -11,7 +11,7 @@ from student to student: an evaluation costs one student, whatever N is.
 
 Departures from the paper, whose formulas and most numbers are not in its text
  1. Timesteps are edm.sigma_bins, losses EDM's, samplers Heun's and its first order, DDIM; networks know the class.
-    p, lambda and N were chosen on the toy's seed 0, one of the five reported.
+    p, lambda and N were chosen on the toy's seed 0.
  2. Small students start from random weights, alike within a seed: which of the teacher's to keep is not said.
  3. Features are the bottleneck's. Contrastive KD compares with the batch, not a memory bank. Attention KD: the norm is
     squared; ToyNet's units are its positions. Narrow U-Nets may have no self-attention.
@@ -79,7 +79,6 @@ class Flags:
     def weight(self) -> float:
         """lambda"""
         return LAMBDA[self.kd] if self.kd_weight < 0 else self.kd_weight
-
 
 
 # ours: the paper prints none; cifar10, imagenet64: never run
@@ -399,7 +398,7 @@ def measured(flags: Flags, given, N: int, device):
         c = min(scan, key=scan.get)
         yield row("merged-mean", by(merge(found.start, found.denoisers)))
         yield row("merged", by(merge(found.start, found.denoisers, c)), more={"c": c, "scan": [*scan.values()]})
-    if 0 <= flags.inspect < N > 1:
+    if N > 1 and 0 <= flags.inspect < N:
         k, D = flags.inspect, found.denoisers[flags.inspect]
         yield row(f"alone-{k}", by(D))
         yield row(f"hybrid-{k}", by(routed([D if i == k else mu for i in range(N)], found.router)))

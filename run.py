@@ -9,6 +9,7 @@ import ctypes
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import signal
@@ -108,8 +109,8 @@ def start(flags: Flags) -> Ranks:
 
 
 def paced(steps):
-    """The steps, with all threads or one, whichever is faster now (the bits are the same): beside other jobs, threads
-    that wait for each other cost ten times. Tried on two steps each, every 20 seconds or 100 steps."""
+    """The toy's steps, with all threads or one, whichever is faster now (its bits are the same): beside other jobs,
+    threads that wait for each other cost ten times. Tried on two steps each, again after 20 seconds and 100 steps."""
     trial, until, seconds = [], 0.0, {}
     for step in steps:
         begin = time.perf_counter()
@@ -119,6 +120,7 @@ def paced(steps):
         torch.set_num_threads(threads)
         yield step
         seconds[threads] = min(seconds.get(threads, math.inf), time.perf_counter() - begin)
+    torch.set_num_threads(min(seconds, key=seconds.get, default=THREADS))
 
 
 # ---- files
@@ -128,7 +130,7 @@ def write_atomic(path: Path, write) -> None:
 
     What a killed process leaves goes when the folder is next held: see `alone`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
     try:
         write(temporary)
         with open(temporary, "rb") as f:
@@ -241,9 +243,10 @@ def saved_steps(folder: Path) -> dict[int, Path]:
     for path in filter(Path.exists, (folder / "state.prev.pt", folder / "state.pt")):
         try:
             with reading(path, "a checkpoint of a stage"):
-                step = load_tensors(path, mmap=True)["step"]  # mapped: not read whole, nor are check sums
-                if wrong := zipfile.ZipFile(path).testzip():
-                    raise ValueError(f"{wrong} has another check sum")
+                step = load_tensors(path, mmap=True)["step"]
+                with zipfile.ZipFile(path) as file:
+                    if wrong := file.testzip():
+                        raise ValueError(f"{wrong} has another check sum")
             steps[step] = path
         except Damaged as error:
             damaged[path] = error
@@ -309,7 +312,8 @@ class Run:
         before = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             with bar(range(begin, self.length), self.title, self.length, not self.main, initial=begin) as self.bar:
-                yield from paced(self.bar) if THREADS > 1 else self.bar
+                small = THREADS > 1 and len(self.shape) == 1 and self.ranks.device.type == "cpu"
+                yield from paced(self.bar) if small else self.bar
         finally:
             hook.remove()
             for number, handler in before.items():

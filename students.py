@@ -57,12 +57,10 @@ def _network(path: Path, changed: int) -> Network:
                         shape=(found.channels, found.resolution, found.resolution))
         return Network(D.requires_grad_(False), facts, tuple(found.size), None)
     saved = load_tensors(path)
-    try:
+    with run.reading(path, "a checkpoint of this code"):
         facts, parts = data.facts(saved["dataset"], saved.get("resolution", 0)), saved.get("partition")
         D = edm.Precond(facts.net(len(parts or [0]), saved["size"]), facts.sigma_data, saved.get("sigma_min", 0.0))
         D.load_state_dict(saved["net"])
-    except (LookupError, TypeError, RuntimeError, AttributeError, ValueError):
-        raise UserError(f"{path}: not a checkpoint of this code") from None
     return Network(D.requires_grad_(False), facts, saved["size"], parts, saved.get("seconds", 0.0),
                    saved.get("flops", 0.0))
 
