@@ -32,7 +32,7 @@ SMOKE = ["--preset", "smoke"]
 
 @pytest.mark.parametrize("argv, words", [
     ("--device warp", "--device warp"), ("--teacher nowhere.pt", "nowhere.pt"), ("--teacher {tmp}/evil.pt", "evil.pt"),
-    ("--teacher {run}/students1/dm/best.pt", "student"), ("--teacher {tmp}/other.pt", "other.pt: not a checkpoint"),
+    ("--teacher {run}/students1/dm/best.pt", "student"), ("--teacher {tmp}/other.pt", "or not a checkpoint of this code"),
     ("--out {tmp}/other.pt/run", "other.pt"), ("--init {tmp}/other.pt", "other.pt"), ("--init some-where", "some-where"),
     ("--init dm-lost", "students1-lost"), ("--init {run}/students3/dm/best.pt", "--init"), ("--stages post", "best.pt")])
 def test_mistakes_of_files(capsys, run, tmp_path, argv, words):
