@@ -287,7 +287,8 @@ class Run:
     micro_batch: int = 0
     ranks: Ranks = field(default_factory=Ranks)  # all read, the first one writes
     title: str = ""
-    keep_first: bool = False  # its first checkpoint, to look at
+    keep_first: bool = False  # its first checkpoint
+    pace: bool = False  # may threads come and go? On the toy alone the bits stay
 
     def __post_init__(self):
         self.title, self.main = self.title or self.name, self.ranks.rank == 0
@@ -312,8 +313,7 @@ class Run:
         before = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             with bar(range(begin, self.length), self.title, self.length, not self.main, initial=begin) as self.bar:
-                small = THREADS > 1 and len(self.shape) == 1 and self.ranks.device.type == "cpu"
-                yield from paced(self.bar) if small else self.bar
+                yield from paced(self.bar) if self.pace and THREADS > 1 else self.bar
         finally:
             hook.remove()
             for number, handler in before.items():

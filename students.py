@@ -367,7 +367,8 @@ def _train(stage, folders: dict, inputs: dict, flags, ranks: Ranks) -> None:
     first, facts = students[0], inputs[students[0].seed].facts
     title = stage.NAME if facts.stacked or stage is edm else f"{stage.NAME}, {first}"
     training = run.Run(stage.NAME, students, slices, *stage.length(flags), facts.shape, flags.run.save_every,
-                       flags.run.micro_batch, ranks, title, facts.stacked and stage is dmd)
+                       flags.run.micro_batch, ranks, title, facts.stacked and stage is dmd,
+                       facts.name == "toy" and ranks.device.type == "cpu")
     kept = stage.train(training, flags, Task(stage, students, shares, inputs, flags, ranks))
     for folder, slots in slices.items() if training.main else ():
         cost = {"seconds": training.seconds(), "flops": training.flops + students[slots][0].start.flops}

@@ -67,6 +67,7 @@ def per_update(line: str, groups, size, pairs: int, middle=median) -> float:
     marks = []
     with tempfile.TemporaryDirectory() as folder:
         training, *rest = stack(dmd, flags, groups, size, Path(folder), pairs, common.Ranks(device=DEVICE))
+        training.pace = True
         training.save = lambda *a: marks.append(now())
         dmd.train(training, *rest)
     updates = [b - a for a, b in zip(marks, marks[1:-1])]
