@@ -229,19 +229,6 @@ def test_odd_zips(tmp_path, make, words):
     assert images._labelled(zip_of(tmp_path / "b.zip", A, {"a.png": 0}), "train", 1)[1].tolist() == [0]  # keyed labels
 
 
-@pytest.mark.parametrize("name", ["deflate64", "float_labels", "grey16_one", "macos", "rgba"])
-def test_reported_zips(name):
-    """Inputs of people; read, or one line."""
-    path = ROOT.parent / "shared/cases" / f"{name}.zip"
-    if not path.exists():
-        pytest.skip("not here")
-    if name in ("deflate64", "float_labels"):
-        with pytest.raises(UserError):
-            images._labelled(path, "train", 10)
-    else:
-        assert len(images._labelled(path, "train", 10)[0]) == 20
-
-
 # ------------------------------------------------- one owner of a folder
 
 def test_a_folder_in_use_is_waited_for_and_cleaned(tmp_path, capsys, monkeypatch):
