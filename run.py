@@ -208,7 +208,7 @@ def bar(iterable, name: str, total: int | None, quiet: bool = False, **more):
 
 @contextlib.contextmanager
 def alone(folders: list, ranks: Ranks = Ranks()):
-    """One job at a time writes into these folders; what killed ones left half written there goes."""
+    """One job at a time writes into these folders; what killed ones left half written goes."""
     with contextlib.ExitStack() as held:
         for folder in sorted({Path(f) for f in folders}) if ranks.rank == 0 else ():  # all in one order: no deadlock
             folder.mkdir(parents=True, exist_ok=True)
@@ -219,7 +219,7 @@ def alone(folders: list, ranks: Ranks = Ranks()):
                 print(f"{folder}: waiting for another job", flush=True)
                 lock.acquire()
             held.callback(lock.release)
-            for half in folder.glob("*.tmp"):
+            for half in folder.glob("*.*-*[0-9].tmp"):
                 half.unlink()
         ranks.wait()
         yield

@@ -235,22 +235,23 @@ def test_a_folder_in_use_is_waited_for_and_cleaned(tmp_path, capsys, monkeypatch
     monkeypatch.setattr("plot.draw", lambda *_: [])
     folder = tmp_path / "seed0/students2/dm"
     folder.mkdir(parents=True)
-    left = [folder / "state.new.pt.77.tmp", tmp_path / "results.json.77.tmp", tmp_path / "seed0/reference/y.pt.1.tmp"]
+    left = [folder / "state.new.pt.host-77.tmp", tmp_path / "results.json.host-77.tmp", tmp_path / "seed0/reference/y.pt.host-1.tmp"]
     left[2].parent.mkdir()
-    for path in left:
+    mine = tmp_path / "thesis.tmp"
+    for path in (*left, mine):
         path.write_bytes(b"half")
     seen, held = [], threading.Event()
 
     def other():
         with filelock.FileLock(folder / ".lock"):
             held.set()
-            time.sleep(1)
+            time.sleep(4)
             seen.append(left[0].exists())
     threading.Thread(target=other).start()
     held.wait()
     assert msd.main([*SAVING, str(tmp_path)]) == 0
     assert seen == [True] and f"{folder}: waiting for another job" in capsys.readouterr().out
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert [*tmp_path.rglob("*.tmp")] == [mine]
 
 
 @pytest.mark.slow
