@@ -166,8 +166,7 @@ def measure(sampler: Sampler, given, number: int) -> Row:
     x = sampler.sample(z, label)
     if sampler.keep:
         who = {"student": sampler.student(label)} if sampler.student else {}
-        with run.alone([sampler.keep]):
-            run.save_tensors(sampler.keep / "samples.pt", {"x": x, "label": label, **who})
+        run.save_tensors(sampler.keep / "samples.pt", {"x": x, "label": label, **who})
     mine, more = judge.statistics(x, label), {**judge.check(x, label), **sampler.more}
     if sampler.per_class and facts.classes <= 100:
         more["per_class"] = [judge.distance(mine, report, [c]) for c in range(facts.classes)]
@@ -297,7 +296,7 @@ def table(results: dict) -> str:
 
 def report(path: Path, results: dict, lines: list[str]) -> None:
     """Write results.json; print the table and the lines; draw the figures."""
-    with run.alone([path.parent]):
+    with run.alone([path.parent, path.parent / "figures"]):
         whole = merged(path, results)
         run.save_json(path, whole)
     print("\n" + table(whole), *lines, sep="\n")

@@ -27,7 +27,7 @@ class UserError(Exception):
 
 
 def of_machine(error: BaseException) -> bool:
-    """Is it the system's, not the file's that is read: not there, not allowed, a failing disk, no net, no memory?"""
+    """Is it the system's, not the file's that is read: not allowed, a failing disk, no net, no memory?"""
     return isinstance(error, URLError) or getattr(error, "errno", None) is not None or no_memory(error)
 
 
@@ -136,7 +136,8 @@ def _kind(hint) -> dict:
         return dict(type=int, nargs=2, metavar=("LOW", "HIGH"))
     if typing.get_origin(hint) is tuple:  # words in one argument: split,reg
         return dict(type=lambda text: tuple(text.split(",")))
-    return dict(type=inner[0], nargs="+") if inner else dict(type=hint)
+    one = os.path.expanduser if hint is str else hint  # --out=~/x
+    return dict(type=inner[0], nargs="+") if inner else dict(type=one)
 
 
 def _wrong(value, choices=(), low=None, below=math.inf, pattern="", **other) -> str:
@@ -185,8 +186,7 @@ def parse(cls, presets: dict, argv=None, doc: str = ""):
                 chosen[name] = line[f.name]
     made, best = {group: {} for group in parts}, default | chosen | given
     for name, (group, f) in table.items():
-        value = Bins(*best[name]) if f.type is Bins else best[name]
-        made[group][f.name] = value = os.path.expanduser(value) if isinstance(value, str) else value  # --out=~/x
+        made[group][f.name] = value = Bins(*best[name]) if f.type is Bins else best[name]
         if name in given and (wrong := _wrong(value, **f.metadata)):
             parser.error(f"{option(name)} {wrong}")
     if lines and (dataset, preset) not in lines:

@@ -52,7 +52,7 @@ def _idx(name: str) -> Tensor:
 
 
 def _cifar(folder: Path, split: str) -> Pair:
-    """Rows of a label and 3 x 32 x 32 pixels; `stack`: an empty file is damaged."""
+    """Rows of a label and 3 x 32 x 32 pixels."""
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
     rows = np.stack([np.fromfile(folder / name, np.uint8) for name in names])
     rows = torch.from_numpy(rows.reshape(-1, 3073))
@@ -203,10 +203,10 @@ def _cached(reader, cache: Path, place: Path, split: str) -> Pair:
     target = cache.with_name(f"{cache.name}-{split}.pt")
     files = [p.stat() for p in _walk(place) or [place]]
     about = [str(place.resolve()), len(files), sum(s.st_size for s in files), sum(s.st_mtime_ns for s in files)]
-    if not target.exists() or run.load_tensors(target, mmap=True)["about"] != about:
+    if not target.exists() or run.load_tensors(target, "about", mmap=True)["about"] != about:
         x, label = reader(place, split)
         run.save_tensors(target, {"about": about, "x": x, "label": label})
-    held = run.load_tensors(target, mmap=True)
+    held = run.load_tensors(target, "x", "label", mmap=True)
     return held["x"], held["label"]
 
 
@@ -239,7 +239,7 @@ def read(path) -> Tensor:
         raise UserError(f"{path}: several samples.pt; give one of {', '.join(str(p.parent) for p in samples)}")
     with reading(path):
         if samples:
-            x = run.load_tensors(samples[0])["x"]
+            x = run.load_tensors(samples[0], "x")["x"]
         elif path.is_dir():
             x = _pixels(path, *_files(path))
         else:

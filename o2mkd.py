@@ -255,14 +255,9 @@ def folder_of(flags, seed: int, N: int) -> Path:
     return Path(flags.run.out) / f"seed{seed}" / f"o2mkd{N}{run.suffix(flags.run.tag)}"
 
 
-def size_of(flags, facts: data.Facts, teacher_size):
-    """--student-size, or --keep of the teacher's channels."""
-    return flags.student_size or (teacher_size if flags.keep == 1 else facts.narrowed(teacher_size, flags.keep))
-
-
 def start_of(flags, given) -> Start:
     """theta_0, of all students of a seed. UserError if of another size."""
-    size = size_of(flags, given.facts, given.size)
+    size = flags.student_size or (given.size if flags.keep == 1 else given.facts.narrowed(given.size, flags.keep))
     if flags.init:
         start = start_from(folder_of(flags, given.seed, 1).with_name(flags.init), "ema.pt", 0)
     elif given.net and given.size == size:
@@ -294,8 +289,7 @@ def load_students(folder) -> Students:
     """Of a folder (runs/toy/seed0/o2mkd4); OSError if it has none."""
     folder = Path(folder)
     first = folder if (folder / "ema.pt").exists() else folder / "student0"
-    theta_0 = next(p for p in (first / "start.pt", folder / "start.pt") if p.exists() or p.parent == folder)
-    start, about = load_network(theta_0), run.load_json(first / "config.json")
+    start, about = load_network(first / "start.pt"), run.load_json(first / "config.json")
     facts, edges, N = start.facts, about["edges"], about["students"]
     places = [folder] if first == folder else [folder / f"student{k}" for k in range(N)]
     found = [load_network(place / "ema.pt") for place in places]
@@ -365,10 +359,6 @@ def measured(flags: Flags, given, N: int, device):
     def latents(purpose, n=number):
         return torch.randn(n, *facts.shape, generator=generator(seed, purpose)), data.stratified(n, facts.classes)
 
-    def some_data(purpose, toy):
-        everyone = Draws(purpose, [Student(seed, 1, 0, tuple(range(facts.classes)))])
-        return [v.to(device) for v in given.source().batch(everyone, 0, toy if facts.stacked else 500)]
-
     def row(name, sample, **more):
         return name, evaluate.measure(evaluate.Sampler(name, N, seed, sample, **more), given, number)
 
@@ -381,7 +371,9 @@ def measured(flags: Flags, given, N: int, device):
     else:
         denoise, D, path = mu, given.net, folder.with_name("teacher") / "drift.json"
         if D and not path.exists():
-            run.save_json(path, drift(D, *some_data("drift", 2000), seed))
+            everyone = Draws("drift", [Student(seed, 1, 0, tuple(range(facts.classes)))])
+            batch = given.source().batch(everyone, 0, 2000 if facts.stacked else 500)
+            run.save_json(path, drift(D, *(v.to(device) for v in batch), seed))
         for name, value in gradual(run.load_json(path)).items() if D else ():
             yield f"drift-{name}", Row(more={"distance": value})
         if flags.sampler != "heun":  # the kept samples are Heun's
@@ -440,8 +432,8 @@ def main(argv=None) -> int:
     students = []
     for seed, given in inputs.items():
         theta_0 = start_of(flags, given)
-        everything = tuple(range(given.facts.classes))
-        students += [Student(seed, N, k, everything, theta_0) for N in flags.students for k in range(N)]
+        Y = tuple(range(given.facts.classes))
+        students += [Student(seed, N, k, Y, theta_0) for N in flags.students for k in range(N)]
 
     shares = [whole(inputs[s.seed].facts) for s in students]
     distil(sys.modules[__name__], students, shares, inputs, flags, ranks,

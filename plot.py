@@ -98,7 +98,7 @@ def read_metrics(folder: Path) -> dict:
     """metrics.csv, of image students all of theirs -> {name: {student: (steps, values)}}."""
     rows: dict = defaultdict(lambda: defaultdict(lambda: ([], [])))
     for path in sorted(folder.glob("**/metrics.csv")):
-        for r in csv.DictReader(path.read_text().splitlines()):
+        for r in csv.DictReader(path.read_text(errors="replace").splitlines()):
             if r["value"]:  # else a full disk or a kill cut the row off
                 steps, values = rows[r["name"]][int(r["student"]) if path.parent == folder else path.parent.name]
                 steps.append(int(r["step"]))
@@ -171,8 +171,9 @@ def steps_curve(results: dict) -> plt.Figure:
                 if stage.startswith(f"{sampler}-") and N in of_n:
                     n = int(stage.split("-")[1])
                     xy.append((each * (2 * n - 1 if sampler == "heun" else n), of_n[N][m]))
-            label = f"N = {N}" if int(N) else "teacher"
-            lines.append((label, "-", shade(i, len(cost)), np.reshape(sorted(xy), (-1, 2)).T))
+            if xy:
+                label = f"N = {N}" if int(N) else "teacher"
+                lines.append((label, "-", shade(i, len(cost)), np.transpose(sorted(xy))))
         shown.append((sampler, distance(results, m), "linear", lines))
     return curves("million multiply-adds of a sample", shown, doubling=True)[0]
 
@@ -221,7 +222,7 @@ def image_panels(panels: dict, columns: int) -> plt.Figure:
 def samples_of(home: Path, results: dict, folder: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Kept samples and labels of students, or of the teacher."""
     if folder:
-        made = run.load_tensors(folder / "samples.pt")
+        made = run.load_tensors(folder / "samples.pt", "x", "label")
         return made["x"], made["label"]
     x = run.load_shards(home / "reference", "report")
     return x, data.stratified(len(x), data.facts(results["dataset"]).classes)
@@ -418,8 +419,7 @@ def draw(out, tag: str = "") -> list[Path]:
     sizes = [r for r in map(run.load_json, filter(Path.exists, files)) if len(r["students"]) > 1]
     if len(sizes) > 1:
         paths[out / "figures" / "figure8.png"] = figure8({r["size"]: r for r in sizes})
-    with run.alone([out / "figures"]):
-        return [save(fig, path) for path, fig in paths.items()]
+    return [save(fig, path) for path, fig in paths.items()]
 
 
 @command

@@ -221,7 +221,7 @@ def mean_sd(v: list[float]) -> str:
 
 def draw(claim: Claim, numbers: dict[str, list[float]], first: Job, figures: Path) -> list[str]:
     """Draw the claim's figure, copy the run's own that belongs to it; returns their names."""
-    teacher = next((of_k["0"] for of_k in first.rows.values() if "0" in of_k), [])
+    teacher = next((of_k["0"] for stage, of_k in first.rows.items() if stage in evaluate.STAGES), [])
     name = "floor" if claim.metric == "l1" else claim.metric
     levels = [row[name] for row in teacher if name in row]
     lines = {"the teacher": statistics.fmean(levels)} if levels else {}

@@ -6,6 +6,7 @@ Not here: what is trained (the stages), who is trained together (students.py).
 import contextlib
 import csv
 import ctypes
+import functools
 import json
 import math
 import os
@@ -125,12 +126,13 @@ def paced(steps):
 
 # ---- files
 
-def write_atomic(path: Path, write) -> None:
-    """`write(temporary_path)`, then rename: the file is old or new, never half. UserError if it can't be written.
+TEMPORARY = "{}.{}-{}.tmp"  # file, machine, process
 
-    What a killed process leaves goes when the folder is next held: see `alone`."""
+
+def write_atomic(path: Path, write) -> None:
+    """`write(temporary_path)`, then rename: the file is old or new, never half. UserError if it can't be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
+    temporary = path.with_name(TEMPORARY.format(path.name, platform.node(), os.getpid()))
     try:
         write(temporary)
         with open(temporary, "rb") as f:
@@ -180,11 +182,15 @@ def save_tensors(path: Path, value) -> None:
     write_atomic(path, lambda t: torch.save(value, t))
 
 
-def load_tensors(path: Path, mmap: bool = False):
-    """A checkpoint, read without running code from it. UserError if it is damaged or foreign."""
+def load_tensors(path: Path, *keys: str, mmap: bool = False) -> dict:
+    """A checkpoint with these keys, read without running code from it. UserError if it is damaged or foreign."""
     os.stat(path)  # is it there?
     with reading(path, "tensors alone, as this code saves them"):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        zipfile.ZipFile(path).close()  # a cut file mapped is EINVAL
+        value = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        if missing := {*keys} - value.keys():
+            raise ValueError(f"without {', '.join(sorted(missing))}")
+        return value
 
 
 def shard(folder: Path, name: str, i: int) -> Path:
@@ -219,7 +225,7 @@ def alone(folders: list, ranks: Ranks = Ranks()):
                 print(f"{folder}: waiting for another job", flush=True)
                 lock.acquire()
             held.callback(lock.release)
-            for half in folder.glob("*.*-*[0-9].tmp"):
+            for half in folder.glob(TEMPORARY.format("*", "*", "*[0-9]")):
                 half.unlink()
         ranks.wait()
         yield
@@ -237,22 +243,26 @@ def check_config(folder: Path, config: dict) -> None:
         raise UserError(f"{folder} was made with other flags: {what}; give those, or another --out (students: --tag)")
 
 
+@functools.lru_cache  # asked twice
+def _step(path: Path, changed: int) -> int:
+    """Of a checkpoint whose check sums are right: torch does not look where a file is mapped."""
+    with reading(path, "a checkpoint"), zipfile.ZipFile(path) as file:
+        if wrong := file.testzip():
+            raise ValueError(f"check sum of {wrong}")
+    return load_tensors(path, "step", mmap=True)["step"]
+
+
 def saved_steps(folder: Path) -> dict[int, Path]:
     """{step: checkpoint}. A damaged one is set aside if the other is sound; UserError if none is."""
     steps, damaged = {}, {}
     for path in filter(Path.exists, (folder / "state.prev.pt", folder / "state.pt")):
         try:
-            with reading(path, "a checkpoint of a stage"):
-                step = load_tensors(path, mmap=True)["step"]
-                with zipfile.ZipFile(path) as file:
-                    if wrong := file.testzip():
-                        raise ValueError(f"{wrong} has another check sum")
-            steps[step] = path
+            steps[_step(path, path.stat().st_mtime_ns)] = path
         except Damaged as error:
             damaged[path] = error
     for path, error in damaged.items():
         if not steps:
-            raise UserError(f"{error}; {folder} has no other checkpoint: training would begin anew without the folder")
+            raise UserError(f"{error}; there is no other checkpoint: to begin anew, move {folder} away")
         print(f"{error}: set aside for the checkpoint before it", file=sys.stderr)
         os.replace(path, f"{path}.damaged")
     return steps
@@ -354,7 +364,7 @@ class Run:
 
     def _trim(self, path: Path, begin: int) -> None:
         """Drop the rows of metrics.csv past the step that is resumed."""
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if re.match(r"\d+,", line) and int(line.split(",")[0]) <= begin]
         write_atomic(path, lambda t: t.write_text("".join(["step,seconds,student,name,value\n", *kept])))
 

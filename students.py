@@ -111,7 +111,7 @@ def random_start(facts: data.Facts, size, seed: int) -> Start:
 def start_from(home: Path, file: str, k: int, classes: tuple[int, ...] = ()) -> Start:
     """Student k of a stage's folder. UserError if it is of other classes than these."""
     place = home / f"student{k}" if (home / f"student{k}").is_dir() else home
-    saved = load_tensors(place / file, mmap=True)  # mapped: not read whole for its size
+    saved = load_tensors(place / file, "size", mmap=True)  # mapped: not read whole for its size
     made = repr(sorted(load_json(place / "config.json").items()))
     digest = hashlib.blake2b(made.encode(), digest_size=4).hexdigest()
     row = k if place == home else 0
@@ -336,9 +336,8 @@ def distil(stage, students: list[Student], shares: list, inputs: dict, flags, ra
         for folder, rows in folders.items():
             s, own = rows[0][0], {}
             if stage is not edm:
-                mine = {"partition": [s.classes for s, _ in rows]} if facts.stacked else {"student": s.k,
-                                                                                          "classes": s.classes}
-                own = {"students": s.K, **mine, **more(s)}
+                stack, single = {"partition": [s.classes for s, _ in rows]}, {"student": s.k, "classes": s.classes}
+                own = {"students": s.K, **(stack if facts.stacked else single), **more(s)}
             run.check_config(folder, {**config(stage, flags, s, inputs[s.seed]), **own})
             if run.finished(folder, files) and ranks.rank == 0:
                 print(f"{folder}: already trained, reused")

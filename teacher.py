@@ -110,7 +110,8 @@ def prepare(flags, ranks: Ranks, students_by_class: bool = True) -> dict[int, Gi
             generated = data.Generated(y, label, list(given))
         for g in given.values():
             g.real = source if flags.real == "data" else lambda: generated
-            g.D = students.whole(facts, flags.dm.pairs)
+            D = students.whole(facts, flags.dm.pairs)
+            g.D = D._replace(real=D.pair_label.unique()) if flags.real == "generated" else D
     return given
 
 
@@ -130,7 +131,7 @@ def _loaded(flags, facts: data.Facts) -> students.Network:
 
 
 def _at_hand(flags, label: Tensor, ranks: Ranks, students_by_class: bool) -> None:
-    """Is at hand what is wanted later? label [N]: of the images. UserError if not."""
+    """Is at hand what is wanted later? label [N]: of the images."""
     count = torch.bincount(label, minlength=data.facts(flags.run.dataset).classes)
     if count.min() < 2:
         few = ", ".join(f"{c}: {count[c]}" for c in (count < 2).nonzero()[:8, 0])
@@ -184,7 +185,7 @@ def solve(folder: Path, purpose: str, number: int, given: Given, steps: int, ran
         ranks.wait()
     y = run.load_shards(folder, purpose, len(parts))
     if y.shape != z.shape[1:]:
-        raise UserError(f"{folder}: {list(y.shape)} samples, {list(z.shape[1:])} wanted: damaged, without it made anew")
+        raise UserError(f"{folder}: damaged; without it, it is made anew")
     return {"z": z, "y": y[None], "label": label}
 
 

@@ -88,6 +88,23 @@ def test_damaged_checkpoints(stopped, capsys):
     assert {p: p.read_bytes() for p in stopped.iterdir()} == there
 
 
+@pytest.mark.parametrize("cut", [0, 9000, -100])
+def test_a_cut_checkpoint_gives_way_to_the_other(stopped, cut, capsys):
+    (stopped / "state.pt").write_bytes((stopped / "state.pt").read_bytes()[:cut])
+    assert runs.saved_steps(stopped).keys() == {9} and "state.pt: damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["seed0/teacher/ema.pt", "seed0/reference/select-0000.pt"])
+def test_sound_tensors_of_another_kind_are_named(stopped, name, capsys):
+    torch.save([1], stopped.parents[2] / name)
+    assert Path(name).name in refused(capsys, msd.main, [*SAVING, str(stopped.parents[2])])
+
+
+def test_a_log_that_is_no_text_does_not_stop_the_run(stopped):
+    (stopped / "metrics.csv").write_bytes(b"\xff\xfex\n")
+    assert msd.main([*SAVING, str(stopped.parents[2])]) == 0
+
+
 @pytest.mark.parametrize("make, words", [
     (lambda p: torch.save(torch.nn.Linear(1, 1), p), "not tensors alone"), (lambda p: p.write_bytes(b""), "damaged"),
     (lambda p: torch.save({"net": 1}, p), "not a checkpoint of this code"), (lambda p: p.mkdir(), "Is a directory"),
