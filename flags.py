@@ -27,7 +27,7 @@ class UserError(Exception):
 
 
 def of_machine(error: BaseException) -> bool:
-    """Is it the system's, not the file's that is read: not allowed, a failing disk, no net, no memory?"""
+    """Is it the system's, not the file's that is read: a failing disk, no net, no memory?"""
     return isinstance(error, URLError) or getattr(error, "errno", None) is not None or no_memory(error)
 
 

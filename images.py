@@ -130,7 +130,7 @@ def _files(path: Path):
 
 def _pixels(path: Path, names: list[str], read_file) -> Tensor:
     """uint8 [N, C, H, W]; C = 1 if the first, middle and last are grey. 16 bits are scaled; what is transparent is laid
-    on white, and said."""
+    on white."""
     clear = []
 
     def pixels(name: str, colour: bool = False) -> np.ndarray:

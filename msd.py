@@ -348,7 +348,7 @@ def title(flags: Flags) -> str:
 
 
 def memory(flags: Flags) -> int:
-    """Bytes that a student's rank holds in float32, with averages, gradients, AdamW's moments, without activations."""
+    """Bytes that a student's rank holds in float32: averages, gradients, AdamW's moments too; no activations."""
     t, s = (weights(facts_of(flags), size) for size in (flags.teacher.size, flags.student_size or flags.teacher.size))
     return 4 * (t + 6 * s + 4 * t * bool({"dm", "adm"} & {*flags.order()}))
 
@@ -376,7 +376,7 @@ def divide(flags: Flags, ranks: common.Ranks) -> None:
     place = next(p for p in (out, *out.parents) if p.exists())
     here, free = sum(p.stat().st_size for p in out.rglob("state*.pt") if p.exists()), shutil.disk_usage(place).free
     each = len(flags.students) if flags.student >= 0 else sum(flags.students)
-    wanted = 3 * memory(flags) * len(flags.run.all_seeds()) * each  # old, new and newest
+    wanted = 3 * memory(flags) * len(flags.run.all_seeds()) * each
     if wanted > here + free:
         raise UserError(f"{place}: checkpoints want {wanted / 2 ** 30:.1f} GiB, free are {free / 2 ** 30:.1f}")
     for K in flags.students:

@@ -8,7 +8,7 @@ correction; if b is below a so clearly, the reverse holds; else the two are not 
   python reproduce.py --all               all of the toy: hours
   python reproduce.py                     train nothing: RESULTS.md, docs/claims, docs/data of what is there
 
-Where the run folder has nothing of a run, RESULTS.md shows what docs/data/RESULTS.json keeps of the same command.
+Of what the run folder lacks, RESULTS.md shows what docs/data/RESULTS.json keeps of the same command.
 """
 import dataclasses
 import re

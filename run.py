@@ -126,7 +126,7 @@ def paced(steps):
 
 # ---- files
 
-TEMPORARY = "{}.{}-{}.tmp"  # file, machine, process
+TEMPORARY = "{}.{}-{}.tmp"
 
 
 def write_atomic(path: Path, write) -> None:
@@ -298,7 +298,7 @@ class Run:
     ranks: Ranks = field(default_factory=Ranks)  # all read, the first one writes
     title: str = ""
     keep_first: bool = False  # its first checkpoint
-    pace: bool = False  # may threads come and go? On the toy alone the bits stay
+    pace: bool = False  # may threads come and go? The bits must stay
 
     def __post_init__(self):
         self.title, self.main = self.title or self.name, self.ranks.rank == 0

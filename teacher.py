@@ -178,6 +178,8 @@ def solve(folder: Path, purpose: str, number: int, given: Given, steps: int, ran
     label = data.stratified(number, facts.classes)[None]
     parts = list(zip(z.split(facts.chunk, 1), label.split(facts.chunk, 1)))
     with run.alone([folder], ranks):
+        asked = {"pairs" if purpose == "pairs" else "eval_samples": number}
+        run.check_config(folder, {**given.lineage, "sampler_steps": steps, **asked})
         todo = [i for i in ranks.share(len(parts)) if not run.shard(folder, purpose, i).exists()]
         for i in run.bar(todo, f"sampling ({purpose})", len(todo), ranks.rank > 0):
             y = make_pairs(given.mu_teacher, *(v.to(ranks.device) for v in parts[i]), steps)[0].cpu()
@@ -193,7 +195,6 @@ def _pairs(flags, given: Given, ranks: Ranks) -> dict:
     """D_paired of a seed, on the device."""
     number, steps = flags.dm.pairs, flags.teacher.sampler_steps
     folder = Path(flags.run.out) / f"seed{given.seed}" / "pairs" / str(number)
-    run.check_config(folder, {**given.lineage, "sampler_steps": steps, "pairs": number})
     made = solve(folder, "pairs", number, given, steps, ranks)
     return {k: v.to(ranks.device) for k, v in made.items()}
 
@@ -202,7 +203,6 @@ def _references(flags, given: Given, ranks: Ranks) -> dict:
     """Statistics of the teacher's samples and the data; floors: two draws of one."""
     facts, judge, number, steps = given.facts, given.judge, flags.run.eval_samples, flags.teacher.sampler_steps
     folder = Path(flags.run.out) / f"seed{given.seed}" / "reference"
-    run.check_config(folder, {**given.lineage, "sampler_steps": steps, "eval_samples": number})
 
     def drawn(purpose: str) -> tuple[Tensor, Tensor]:
         made = solve(folder, purpose, number, given, steps, ranks)

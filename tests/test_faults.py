@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -310,6 +311,32 @@ def test_paced_keeps_to_what_is_faster(monkeypatch):
         used.append(now[0])
         clock[0] += {1: 0.1, 2: 1.0 if step < 500 else 0.05}[now[0]]
     assert used[:4] == [2, 1, 2, 1] and used[:500].count(2) < 12 and used[500:].count(1) < 310
+
+
+@pytest.mark.parametrize("module, line", [(msd, "--stages dm,adm"), *(pytest.param(*p, marks=pytest.mark.slow) for p in (
+    (msd, "--stages tsm,dm --student-size XS"), (msd, "--method cd --cd-batch 256"), (o2mkd, "--merge")))])
+def test_threads_that_come_and_go_change_no_bit(module, line, tmp_path, monkeypatch):
+    """Weights, chosen checkpoints and every measured number."""
+    monkeypatch.setattr("plot.draw", lambda *_: [])
+    more = ["--batch", "256", *(["--adm-batch", "256", "--eval-every", "3"] if module is msd else [])]
+    monkeypatch.setattr(runs, "THREADS", 2)
+    try:
+        for out, even in (("a", 0), ("b", 1)):
+            def alternating(steps, even=even):
+                for step in steps:
+                    torch.set_num_threads(1 + (step + even) % 2)
+                    yield step
+            monkeypatch.setattr(runs, "paced", alternating)
+            assert module.main([*SMOKE, "--students", "2", *more, *line.split(), "--out", str(tmp_path / out)]) == 0
+    finally:
+        torch.set_num_threads(1)
+    for path in (tmp_path / "a").rglob("*.pt"):
+        if path.name in ("ema.pt", "best.pt"):
+            one, other = (load_tensors(tmp_path / out / path.relative_to(tmp_path / "a"))["net"] for out in "ab")
+            assert same(one, other), path
+    for path in (tmp_path / "a").glob("results*.json"):
+        one, other = (re.sub(r'"seconds": .*', "", (tmp_path / out / path.name).read_text()) for out in "ab")
+        assert one == other
 
 
 # --------------------------------------------------------------- fuzz

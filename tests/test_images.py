@@ -1,5 +1,6 @@
 """Images end to end at smoke size: the run folder, resume after kill -9 anywhere, routing, sampling, LPIPS, misuse."""
 import dataclasses
+import json
 import re
 import shutil
 
@@ -59,7 +60,9 @@ def test_fd_in_the_results_is_the_distance_of_the_saved_samples(image_run, capsy
 
 def given_of(image_run) -> teacher.Given:
     D = students.load_network(image_run / "seed0/teacher/ema.pt").net
-    return teacher.Given(0, FACTS, None, {}, exact=False, cfg=1.0, net=D)
+    made_with = json.loads((image_run / "seed0/pairs/40/config.json").read_text())
+    lineage = {k: v for k, v in made_with.items() if k not in ("sampler_steps", "pairs")}
+    return teacher.Given(0, FACTS, None, lineage, exact=False, cfg=1.0, net=D)
 
 
 def test_pairs_are_the_teachers_ode_from_the_latents_that_the_index_gives(image_run):
