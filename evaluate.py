@@ -7,6 +7,7 @@ of all seeds become results.json, a table, verdicts, figures. Two results files 
     python evaluate.py runs/toy --compare XS/dm XS none     XS after DM with XS at its end, and with results.json
 """
 import argparse
+import contextlib
 import functools
 import json
 import math
@@ -252,13 +253,15 @@ def merged(path: Path, results: dict) -> dict:
     new = json.loads(json.dumps(results))  # a tuple is a list there
     if not path.exists():
         return new
-    old = run.load_json(path, "students")
+    old = {}
+    with contextlib.suppress(run.Damaged):
+        old = run.load_json(path, "students", "stages")
     both = old.get("configs", {}).keys() & new["configs"].keys()
-    mine, theirs = ([r["seeds"], r["samples"], [r["configs"][stage] for stage in both]] for r in (new, old))
+    mine, theirs = ([r.get("seeds"), r.get("samples"), [r["configs"][stage] for stage in both]] for r in (new, old))
     if not both or mine != theirs:
         names = (path.with_suffix(f".previous{i or ''}.json") for i in range(10_000))
         aside = next(name for name in names if not name.exists())
-        print(f"\n{path} was of other seeds or flags: moved to {path.replace(aside)}")
+        print(f"\n{path} was damaged, or of other seeds or flags: moved to {path.replace(aside)}")
         return new
     out = {**new, "stages": {}}
     for name in {"configs", "edges", "cost"} & new.keys():
@@ -364,9 +367,10 @@ def compare(out: Path, names: list[str]) -> list[str]:
         tag, _, stage = name.partition("/")
         path = out / f"results{run.suffix('' if tag == 'none' else tag)}.json"
         results = run.load_json(path, "seeds", "samples", "metric", "students", "stages")
-        rows = results["stages"].get(stage, {}) if stage else results["students"]
-        name = name if stage or "method" in results else f"{name}/{list(results['stages'])[-1]}"
-        found.append((name, results, {K: dict(zip(results["seeds"], row["per_seed"])) for K, row in rows.items()}))
+        with run.reading(path, "results of this code"):
+            rows = results["stages"].get(stage, {}) if stage else results["students"]
+            name = name if stage or "method" in results else f"{name}/{list(results['stages'])[-1]}"
+            found.append((name, results, {K: dict(zip(results["seeds"], row["per_seed"])) for K, row in rows.items()}))
     (first, mine, a), *others = found
     for name, theirs, b in others:
         seeds, ks = [seed for seed in mine["seeds"] if seed in theirs["seeds"]], [K for K in a if K in b]
@@ -383,7 +387,7 @@ def compare(out: Path, names: list[str]) -> list[str]:
 def main(argv=None):
     """Compare variants of a run folder; p is of one comparison alone."""
     parser = argparse.ArgumentParser(description=compare.__doc__)
-    parser.add_argument("run", type=Path, help="the run folder")
+    parser.add_argument("run", type=lambda text: Path(text).expanduser(), help="the run folder")
     parser.add_argument("--compare", nargs="+", metavar="TAG", required=True, help="the first with each of the others")
     given = parser.parse_args(argv)
     if len(given.compare) < 2:

@@ -4,10 +4,12 @@ Fashion-MNIST's IDX files; CIFAR-10's binary version and torchvision's folder; f
 dataset.json, class folders, and ImageNet's official batches (npz) with map_clsloc.txt beside them. The last three are
 decoded once, into OUT/data: a damaged image is found before training begins, and a GPU is fed without workers.
 """
+import contextlib
 import gzip
 import io
 import json
 import os
+import stat
 import threading
 import zipfile
 from collections import Counter
@@ -101,7 +103,8 @@ def _labelled(path: Path, split: str, classes: int) -> Pair:
 
 def _walk(folder: Path) -> list[Path]:
     """The files in it, in linked folders too."""
-    return sorted(Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names)
+    found = sorted(Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names)
+    return [path for path in found if stat.S_ISREG(path.stat().st_mode)]  # no pipe; a link to nowhere is named
 
 
 def _files(path: Path):
@@ -146,7 +149,7 @@ def _pixels(path: Path, names: list[str], read_file) -> Tensor:
             return x[None] if x.ndim == 2 else x.transpose(2, 0, 1)
 
     def fill(i: int) -> None:
-        with reading(f"{path}: {names[i]}"):  # such as of another size than the first
+        with reading(f"{path}: {names[i]}", f"{list(out.shape[1:])} as {names[0]}"):
             out[i] = pixels(names[i], colour)
     colour = any(len(pixels(names[i])) == 3 for i in (0, len(names) // 2, -1))
     out = np.empty((len(names), *pixels(names[0], colour).shape), np.uint8)
@@ -203,11 +206,13 @@ def _cached(reader, cache: Path, place: Path, split: str) -> Pair:
     target = cache.with_name(f"{cache.name}-{split}.pt")
     files = [p.stat() for p in _walk(place) or [place]]
     about = [str(place.resolve()), len(files), sum(s.st_size for s in files), sum(s.st_mtime_ns for s in files)]
-    if not target.exists() or run.load_tensors(target, "about", mmap=True)["about"] != about:
-        x, label = reader(place, split)
-        run.save_tensors(target, {"about": about, "x": x, "label": label})
-    held = run.load_tensors(target, "x", "label", mmap=True)
-    return held["x"], held["label"]
+    with contextlib.suppress(FileNotFoundError, run.Damaged):
+        held = run.load_tensors(target, "about", "x", "label", mmap=True)
+        if held["about"] == about:
+            return held["x"], held["label"]
+    x, label = reader(place, split)
+    run.save_tensors(target, {"about": about, "x": x, "label": label})
+    return _cached(reader, cache, place, split)
 
 
 def _fitted(known, place: Path, reader, parts=("train", "test")) -> dict[str, Pair]:

@@ -173,7 +173,7 @@ def load_json(path: Path, *keys: str) -> dict:
     with reading(path, "JSON"):
         value = json.loads(path.read_text())
     if not isinstance(value, dict) or not {*keys} <= value.keys():
-        raise UserError(f"{path}: sound JSON, but not of this code ({', '.join(keys) or 'an object'} wanted)")
+        raise Damaged(f"{path}: sound JSON, but not of this code ({', '.join(keys) or 'an object'} wanted)")
     return value
 
 
@@ -225,7 +225,7 @@ def alone(folders: list, ranks: Ranks = Ranks()):
                 print(f"{folder}: waiting for another job", flush=True)
                 lock.acquire()
             held.callback(lock.release)
-            for half in folder.glob(TEMPORARY.format("*", "*", "*[0-9]")):
+            for half in filter(Path.is_file, folder.glob(TEMPORARY.format("*", "*", "*[0-9]"))):
                 half.unlink()
         ranks.wait()
         yield

@@ -1,4 +1,5 @@
 """What goes wrong around the code: unreadable files, odd machines and environments, odd images, two owners of a folder."""
+import contextlib
 import errno
 import io
 import json
@@ -23,6 +24,7 @@ from PIL import Image
 import common
 import data
 import dmd
+import evaluate
 import fid
 import images
 import msd
@@ -245,6 +247,33 @@ def test_odd_zips(tmp_path, make, words):
     with pytest.raises(UserError, match=words):
         images._labelled(make(tmp_path / "a.zip"), "train", 1)
     assert images._labelled(zip_of(tmp_path / "b.zip", A, {"a.png": 0}), "train", 1)[1].tolist() == [0]  # keyed labels
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda p: os.mkfifo(p), ""), (lambda p: p.mkdir(), ""), (lambda p: p.symlink_to("/nowhere"), "No such file.*b.png"),
+    (lambda p: save(p, np.zeros((4, 4, 3), np.uint8)), r"b.png: .*\[3, 8, 8\] as a.png")])
+def test_odd_things_among_pictures(tmp_path, make, words):
+    """A pipe hangs nobody, a folder is no picture; a link to nowhere and another size are named."""
+    save(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8))
+    make(tmp_path / "b.png")
+    with pytest.raises((UserError, OSError), match=words) if words else contextlib.nullcontext():
+        assert len(images.read(tmp_path)) == 1
+
+
+def test_decoded_images_that_are_damaged_are_decoded_again(tmp_path):
+    place, read = zip_of(tmp_path / "a.zip", A, [["a.png", 0]]), lambda: images._cached(reader, tmp_path / "c", place, "train")
+    reader = lambda *_: images._labelled(place, "train", 1)
+    x = read()[0].clone()
+    for content in (b"", (tmp_path / "c-train.pt").read_bytes()[:-50]):
+        (tmp_path / "c-train.pt").write_bytes(content)
+        assert torch.equal(read()[0], x)
+
+
+def test_damaged_results_are_set_aside(tmp_path):
+    for content in ("{", '{"a": 1}'):
+        (tmp_path / "results.json").write_text(content)
+        assert evaluate.merged(tmp_path / "results.json", {"configs": {}, "seeds": 1, "samples": 1})["seeds"] == 1
+    assert [p.read_text() for p in sorted(tmp_path.glob("*.previous*"))] == ["{", '{"a": 1}']
 
 
 # ------------------------------------------------- one owner of a folder
