@@ -16,6 +16,7 @@ from torch import Tensor
 
 import images
 import run
+import songunet
 import toy_mog
 import unet
 from common import Draws, Ranks, Student, generator
@@ -56,8 +57,9 @@ class Facts:
         if self.stacked:
             return toy_mog.toy_net(students, size, self.embeddings and self.embeddings())
         assert students == 1, "image students are not stacked: each has a network of its own"
-        size = self.fields[size] if isinstance(size, str) else unet.Size(*size)
-        return unet.UNet(self.shape[1], self.shape[0], self.classes, size)
+        size = self.fields[size] if isinstance(size, str) else size
+        net, kind = (unet.UNet, unet.Size) if len(size) == 4 else (songunet.SongUNet, songunet.Size)
+        return net(self.shape[1], self.shape[0], self.classes, kind(*size))
 
     def narrowed(self, size, keep: float) -> tuple:
         """About this share of a size's channels, as fields for `net`."""
@@ -78,6 +80,9 @@ DATASETS = {known.name: known for known in (
           exact=_exact_prompts, sample=lambda label, g: toy_mog.sample(toy_mog.prompt_class(label), g), **TOY),
     Facts("fashion-mnist", (1, 16, 16), 10, fields=unet.LAPTOP, chunk=500, native=32, **IMAGES),
     Facts("cifar10", (3, 32, 32), 10, fields=unet.CIFAR, chunk=500, native=32, flip=True, **IMAGES),
+    Facts("cifar10-uncond", (3, 32, 32), 1, fields=unet.CIFAR, chunk=500, native=32, flip=True, **IMAGES),
+    Facts("ffhq64", (3, 64, 64), 1, fields=unet.CIFAR, chunk=250, native=64, **IMAGES),
+    Facts("afhqv2-64", (3, 64, 64), 1, fields=unet.CIFAR, chunk=250, native=64, **IMAGES),
     Facts("imagenet64", (3, 64, 64), 1000, fields=unet.SIZES, chunk=250, native=64, **IMAGES),
 )}
 

@@ -86,7 +86,9 @@ def _batches(folder: Path, split: str) -> Pair:
 def _labelled(path: Path, split: str, classes: int) -> Pair:
     """Labels by dataset.json, or by the places of the sorted class folders."""
     pictures, read_file = _files(path)
-    if path.is_dir() and not (path / "dataset.json").exists():
+    if classes == 1:
+        label = [0] * len(pictures)
+    elif path.is_dir() and not (path / "dataset.json").exists():
         pictures = [n for n in pictures if "/" in n]  # a picture beside the folders has no class
         place = {folder: i for i, folder in enumerate(sorted({n.split("/")[0] for n in pictures}))}
         if len(place) != classes:
@@ -166,6 +168,7 @@ USUAL = {  # without --data
     "fashion-mnist": ("data/fashion-mnist", "data", "~/data", "/usr/share/datasets/fashion-mnist"),
     "cifar10": ("data", "data/cifar10", "~/data"),
     "imagenet64": ("data/imagenet64", "data/imagenet64.zip", "data/imagenet-64x64.zip"),
+    "ffhq64": ("data/ffhq-64x64.zip", "data/ffhq64"), "afhqv2-64": ("data/afhqv2-64x64.zip", "data/afhqv2-64"),
 }
 FORMS = [  # (dataset, a file that tells a form of its own, its reader (folder, split) -> Pair); the rest is decoded
     ("fashion-mnist", "train-images-idx3-ubyte*", _idx_pair),
@@ -180,8 +183,9 @@ def splits(known, given: str, cache: Path) -> dict[str, Pair]:
     """{"train": (x, label)}, often also "test", from the path `given` or, if it is "", the usual places.
 
     known: data.Facts; cache: a folder for decoded images. UserError if there are none, or others."""
-    name, places = known.name, [Path(os.path.expanduser(p)) for p in ([given] if given else USUAL[known.name])]
-    decode = bool(given) or name == "imagenet64"  # elsewhere a folder such as data/ may hold anything
+    name = known.name.removesuffix("-uncond")
+    places = [Path(os.path.expanduser(p)) for p in ([given] if given else USUAL[name])]
+    decode = bool(given) or known.native == 64  # elsewhere a folder such as data/ may hold anything
     for place in places:
         for of, sign, reader in FORMS:
             for hit in place.glob(sign) if of == name else ():
@@ -206,13 +210,14 @@ def _cached(reader, cache: Path, place: Path, split: str) -> Pair:
     target = cache.with_name(f"{cache.name}-{split}.pt")
     files = [p.stat() for p in _walk(place) or [place]]
     about = [str(place.resolve()), len(files), sum(s.st_size for s in files), sum(s.st_mtime_ns for s in files)]
+    held = {}
     with contextlib.suppress(FileNotFoundError, run.Damaged):
         held = run.load_tensors(target, "about", "x", "label", mmap=True)
-        if held["about"] == about:
-            return held["x"], held["label"]
-    x, label = reader(place, split)
-    run.save_tensors(target, {"about": about, "x": x, "label": label})
-    return _cached(reader, cache, place, split)
+    if held.get("about") != about:
+        x, label = reader(place, split)
+        run.save_tensors(target, {"about": about, "x": x, "label": label})
+        held = run.load_tensors(target, "x", "label", mmap=True)
+    return held["x"], held["label"]
 
 
 def _fitted(known, place: Path, reader, parts=("train", "test")) -> dict[str, Pair]:
@@ -226,6 +231,7 @@ def _fitted(known, place: Path, reader, parts=("train", "test")) -> dict[str, Pa
         times, rest = divmod(x.shape[-1], known.shape[-1])
         if times > 1 and not rest:
             x = torch.cat([F.avg_pool2d(part.float(), times).round().to(torch.uint8) for part in x.split(8192)])
+        label = label * (known.classes > 1)  # all of one, where there are none
         lowest, highest = label.aminmax()
         if x.shape != (len(label), *known.shape) or lowest < 0 or highest >= known.classes:
             raise UserError(f"{place}: images {list(x.shape)}, {len(label)} labels from {lowest} to {highest}; "

@@ -75,6 +75,7 @@ PRESETS = {"run": run.PRESETS, "teacher": edm.PRESETS, "dm": dmd.PRESETS, "tsm":
            "cd": consistency.PRESETS, "": {
     ("fashion-mnist", "default"): dict(students=[1, 5]), ("fashion-mnist", "smoke"): dict(students=[1, 3]),
     ("cifar10", "default"): dict(students=[1, 5]), ("cifar10", "smoke"): dict(students=[2]),
+    **{(name, preset): dict(students=[1]) for name in run.WHOLE for preset in ("default", "smoke")},
     ("imagenet64", "default"): dict(students=[4])}}
 
 
@@ -100,6 +101,8 @@ CONFLICTS = [  # (is it so?, what to say), for flags.check
     (lambda f: "dm" in f.order() and f.dm.dm_weight > 0 and dmd.first_kl_step(f.dm) >= f.dm.steps,
      "--reg-warmup: not below --steps: no KL term"),
     (lambda f: f.dm.anneal > f.dm.bins.high, "--anneal {f.dm.anneal}: above the highest of --bins"),
+    (lambda f: facts_of(f).classes == 1 and f.partition != "consecutive",
+     "--partition {f.partition}: {f.run.dataset} has one class, and so one student"),
     (lambda f: f.dm.distance == "lpips" and facts_of(f).stacked, "--distance lpips: needs images"),
     (lambda f: not facts_of(f).stacked and min(f.dm.pairs, f.dm.select_samples) < 2 * facts_of(f).classes,
      "--pairs and --select-samples: at least two per class"),

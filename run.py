@@ -32,7 +32,8 @@ from common import Batch, Draws, Ranks, world
 from flags import UserError, flag, of_machine
 
 THREADS = min(8, torch.get_num_threads())  # fewer: OMP_NUM_THREADS
-NAMES = ("toy", "toy-prompts", "fashion-mnist", "cifar10", "imagenet64")  # data.DATASETS
+WHOLE = ("cifar10-uncond", "ffhq64", "afhqv2-64")  # without classes: one
+NAMES = ("toy", "toy-prompts", "fashion-mnist", "cifar10", *WHOLE, "imagenet64")  # data.DATASETS
 
 
 @dataclass
@@ -69,6 +70,7 @@ PRESETS = {
     ("fashion-mnist", "default"): dict(eval_samples=10_000, save_every=250),
     ("fashion-mnist", "smoke"): dict(eval_samples=40, save_every=3),
     ("cifar10", "default"): LARGE, ("cifar10", "smoke"): dict(eval_samples=20, save_every=2),
+    **{(name, preset): dict(like=("cifar10", preset)) for name in WHOLE for preset in ("default", "smoke")},
     ("imagenet64", "default"): LARGE,  # [MSD App. E]
     ("imagenet64", "paper"): dict(like=("imagenet64", "default")),
 }

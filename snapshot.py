@@ -1,12 +1,15 @@
-"""NVIDIA's EDM networks, such as edm-imagenet-64x64-cond-adm.pkl, read without running anything that is in the file.
+"""NVIDIA's EDM networks, edm-imagenet-64x64-cond-adm.pkl or edm-cifar10-32x32-cond-vp.pkl, read without running
+anything that is in the file.
 
 Those pickles carry source code, which NVIDIA's loader executes. Here names outside ALLOWED are refused, objects become
-records of attributes, and the network is compared, row by row, with what our U-Net computes. Not here: SongUNet.
+records of attributes, and the network is compared, row by row, with what our U-Net or SongUNet computes.
 
 Departures: interleaved queries, keys and values become three blocks, weights float32; dropout, the augmentation's input
-and resampling filters, once seen to be plain means, are dropped.
+and resampling filters, once seen to be ours, are dropped. A network without classes becomes one of one class, of
+embedding 0; of a SongUNet, see songunet.py.
 """
 import io
+import math
 import pickle
 import struct
 from dataclasses import dataclass
@@ -15,24 +18,37 @@ import torch
 from torch import Tensor
 
 import run
+import songunet
 import unet
+from songunet import SongUNet
 
-DEFAULTS = dict(sigma_data=0.5, model_channels=192, channel_mult=[1, 2, 3, 4], channel_mult_emb=4,
-                num_blocks=3, attn_resolutions=[32, 16, 8])  # of EDMPrecond and DhariwalUNet: files leave them out
-ARGUMENTS = {  # within reason, and in our U-Net: see _fits
-    "label_dim": range(1, 100_001), "img_resolution": range(1, 1025), "in_channels": range(1, 65),
-    "model_channels": range(16, 2049, 2), "channel_mult_emb": 4, "num_blocks": range(1, 17), "sigma_data": 0.5,
-    "channel_mult": [range(1, 17)], "attn_resolutions": [range(1, 1025)],
+ANY = range(1, 2 ** 31)
+ARGUMENTS = {  # what our networks have: see _fits. Numbers: the length of the file bounds them
+    "label_dim": range(2 ** 31), "img_resolution": ANY, "in_channels": ANY, "model_channels": range(2, 2 ** 31, 2),
+    "channel_mult_emb": 4, "num_blocks": range(1, 65), "sigma_data": 0.5, "channel_mult": [ANY],
+    "attn_resolutions": [ANY], "channel_mult_noise": ANY, "embedding_type": {"positional", "fourier"},
+    "encoder_type": {"standard", "skip", "residual"}, "decoder_type": {"standard", "skip"}, "resample_filter": [ANY],
 }
+SAME = dict(sigma_data=0.5, channel_mult_emb=4, label_dim=0)
+DEFAULTS = {  # of EDMPrecond and the networks: files leave them out. In the order of our Size, then the rest
+    "DhariwalUNet": dict(model_channels=192, channel_mult=[1, 2, 3, 4], num_blocks=3, attn_resolutions=[32, 16, 8]),
+    "SongUNet": dict(model_channels=128, channel_mult=[1, 2, 2, 2], num_blocks=4, attn_resolutions=[16],
+                     channel_mult_noise=1, embedding_type="positional", encoder_type="standard",
+                     decoder_type="standard", resample_filter=[1, 1]),
+}
+
+
+OTHERS = {"Precond": "EDM2's ", "VPPrecond": "the VP baseline's ", "VEPrecond": "the VE baseline's ",
+          "iDDPMPrecond": "iDDPM's "}
 
 
 @dataclass
 class Snapshot:
-    """Arguments and weights (float32) of a unet.UNet, and sigma_data of its preconditioning."""
+    """Arguments and weights (float32) of a UNet or SongUNet, and sigma_data of its preconditioning."""
     resolution: int
     channels: int
     classes: int
-    size: unet.Size
+    size: unet.Size | songunet.Size
     sigma_data: float
     state: dict[str, Tensor]
 
@@ -42,41 +58,56 @@ def read(path) -> Snapshot:
     with run.reading(path):
         with open(path, "rb") as file:
             try:
-                return _network(_Reader(file).load()["ema"], file.seek(0, 2))
+                held = _Reader(file).load()
+                if "ema" not in held:
+                    raise ValueError(f"it holds {_said(', '.join(map(str, held)))}; StyleGAN's and others are not EDM's")
+                return _network(held["ema"], file.seek(0, 2))
             except MemoryError:
                 raise ValueError("a length that no memory holds") from None
 
 
 def _network(ema, length: int) -> Snapshot:
-    """Of a file of this many bytes. ValueError if it isn't what our U-Net computes."""
+    """Of a file of this many bytes. ValueError if it isn't what our networks compute."""
     model = ema.state["_modules"]["model"]
-    _compare([("preconditioning", ema.kind, "EDMPrecond"), ("network", model.kind, "DhariwalUNet")])
-    args = {**DEFAULTS, **ema.state["_init_kwargs"], **model.state["_init_kwargs"]}
+    of = OTHERS.get(str(ema.kind), "")
+    _compare([(f"{of}preconditioning", ema.kind, "EDMPrecond"), ("network", model.kind, {*DEFAULTS})])
+    defaults, song = DEFAULTS[model.kind], model.kind == "SongUNet"
+    args = {**SAME, **defaults, **ema.state["_init_kwargs"], **model.state["_init_kwargs"]}
     args["sigma_data"] = ema.state.get("sigma_data", args["sigma_data"])  # what NVIDIA's code computes with
     channels = args.setdefault("in_channels", args.get("img_channels"))
-    _compare((name, args.get(name), wanted) for name, wanted in ARGUMENTS.items())
+    _compare((name, args.get(name), ARGUMENTS[name]) for name in ARGUMENTS if song or name in args)
     _compare([("out_channels", args.get("out_channels", channels), channels)])
-    mult, attention = tuple(args["channel_mult"]), tuple(args["attn_resolutions"])
-    size = unet.Size(args["model_channels"], mult, args["num_blocks"], attention)
-    shape = args["img_resolution"], channels, args["label_dim"], size
+    fields = [tuple(v) if isinstance(v := args[name], list) else v for name in defaults]
+    size, classes = (songunet if song else unet).Size(*fields), args["label_dim"]
+    shape = args["img_resolution"], channels, max(1, classes), size
     with torch.device("meta"):  # shapes alone: the file has not earned any memory yet
-        net = unet.UNet(*shape)
+        net = (SongUNet if song else unet.UNet)(*shape)
     least = 2 * sum(p.numel() for p in net.parameters())  # bytes, were the weights float16
     _compare([("length", length, range(least, 2 ** 62))])
-    facts = _facts(net)
-    places = {*dict(net.named_modules()), "map_augment", *(path.rpartition(".")[0] for path in facts)}
-    attributes, tensors = _flat(model, places)
-    _compare((path, attributes.get(path, value), value) for path, value in facts.items())  # default: as wanted
-    _compare(_tensors(net, tensors))
-    state = {}
-    for name in net.state_dict():
-        tensor = tensors[name]
+    shapes = _shapes(net, classes)
+    tensors = _flat(model, ["map_augment.weight", "map_noise.freqs", *shapes])
+    _compare(_tensors(shapes, tensors, songunet.kernel(size.filter if song else (1, 1))))
+    return Snapshot(*shape, float(args["sigma_data"]), _translated(net, tensors, classes))
+
+
+def _translated(net, tensors: dict[str, Tensor], classes: int) -> dict[str, Tensor]:
+    """NVIDIA's tensors -> ours. [width, classes] of the labels -> a row per class, of a SongUNet times sqrt(classes);
+    output 3 c + j of qkv -> j C + c; j: query, key, value."""
+    state, song = {}, isinstance(net, SongUNet)
+    for name, ours in net.state_dict().items():
         if name == "map_label.weight":
-            tensor = tensor.t()  # [4 width, classes] there; here a row per class
-        elif ".qkv." in name:  # output 3 c + j there, j C + c here; j: query, key, value
-            tensor = tensor.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)
-        state[name] = tensor.float().contiguous()
-    return Snapshot(*shape, float(args["sigma_data"]), state)
+            given = tensors[name].t().double() if classes else torch.zeros(ours.shape)
+            given = given * math.sqrt(classes) if song else given
+        elif name == "map_layer0.bias" and song and classes:
+            given = tensors[name].double() + tensors["map_layer0.weight"].double() @ tensors["map_label.bias"].double()
+        elif name == "frequency":
+            given = 2 * math.pi * tensors["map_noise.freqs"]
+        elif ".qkv." in name:
+            given = tensors[name].unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)
+        else:
+            given = tensors[name]
+        state[name] = given.float().contiguous()
+    return state
 
 
 class _Node:
@@ -142,11 +173,13 @@ class _Reader(pickle._Unpickler):
 
 
 def _fits(there, wanted) -> bool:
-    """wanted: a range of whole numbers, [range] of up to 8, or the value itself."""
+    """wanted: a range of whole numbers, [range] of up to 8, a set of texts, or the value itself."""
     if isinstance(wanted, range):
         return type(there) is int and there in wanted
     if isinstance(wanted, list):
         return isinstance(there, (list, tuple)) and len(there) <= 8 and all(_fits(v, wanted[0]) for v in there)
+    if isinstance(wanted, set):
+        return type(there) is str and there in wanted
     return type(there) in (int, float, bool, str) and there == wanted
 
 
@@ -159,15 +192,16 @@ def _compare(rows) -> None:
     """rows: (path, what is there, what is wanted). ValueError at the first that does not fit."""
     for path, there, wanted in rows:
         if not _fits(there, wanted):
+            wanted = " or ".join(sorted(wanted)) if isinstance(wanted, set) else wanted
             raise ValueError(f"its {_said(path)} is {_said(there)}; only {wanted} can be loaded")
 
 
-def _flat(model: _Node, places: set[str]) -> tuple[dict, dict[str, Tensor]]:
-    """{path: attribute}, {path: tensor}; a module out of place stays closed: a tensor too much."""
-    attributes, tensors, todo = {}, {}, [("", model)]
+def _flat(model: _Node, names) -> dict[str, Tensor]:
+    """{path: tensor}; a module without any of these names stays closed: a tensor too much."""
+    places = {name[:i] for name in names for i, letter in enumerate(name) if letter == "."}
+    tensors, todo = {}, [("", model)]
     while todo:
         prefix, node = todo.pop()
-        attributes |= {prefix + name: value for name, value in node.state.items()}
         held = {**node.state["_parameters"], **node.state["_buffers"]}
         for name, child in node.state["_modules"].items():
             if prefix + name in places and isinstance(child, _Node):
@@ -175,30 +209,27 @@ def _flat(model: _Node, places: set[str]) -> tuple[dict, dict[str, Tensor]]:
             else:
                 held[name] = child
         tensors |= {prefix + name: tensor for name, tensor in held.items() if tensor is not None}
-    return attributes, tensors
+    return tensors
 
 
-def _facts(net: unet.UNet) -> dict:
-    """{path: attribute}: what makes NVIDIA's modules compute as ours do, and no shape tells."""
-    facts = {"map_noise.num_channels": net.size.width, "map_noise.max_positions": 10_000, "map_noise.endpoint": False}
-    for name, ours in net.named_modules():
-        if isinstance(ours, unet.Block):
-            facts |= {f"{name}.num_heads": ours.heads, f"{name}.skip_scale": 1, f"{name}.adaptive_scale": True}
-            for conv in (f"{name}.conv0", f"{name}.skip"):  # both resample; `skip` even where it has no weights
-                facts |= {f"{conv}.{way}": ours.resample == way for way in ("up", "down")}
-                facts[f"{conv}.fused_resample"] = False
-        elif isinstance(ours, unet.Norm):
-            facts |= {f"{name}.num_groups": ours.num_groups, f"{name}.eps": ours.eps}
-    return facts
+def _shapes(net, classes: int) -> dict[str, list]:
+    """Of NVIDIA's tensors {path: shape}, of a network of ours."""
+    shapes, song = {name: list(value.shape) for name, value in net.state_dict().items()}, isinstance(net, SongUNet)
+    of_label = shapes.pop("map_label.weight")
+    shapes |= {"map_label.weight": of_label[::-1]} if classes else {}
+    shapes |= {"map_label.bias": of_label[1:]} if classes and song else {}
+    shapes |= {"map_noise.freqs": shapes.pop("frequency")} if "frequency" in shapes else {}
+    n = len(net.size.filter) if song else 2
+    for name, part in net.named_modules():
+        if isinstance(part, unet.Block) and part.resample:
+            shapes |= {f"{name}.{conv}.resample_filter": [1, 1, n, n] for conv in ("conv0", "skip")}
+        elif name.partition("_aux_")[2] in ("down", "up", "residual"):
+            shapes[f"{name}.resample_filter"] = [1, 1, n, n]
+    return shapes
 
 
-def _tensors(net: unet.UNet, tensors: dict[str, Tensor]):
-    """Rows: which tensors there are, of which shape, finite; filters are means of 2 x 2 pixels."""
-    shapes = {name: list(value.shape) for name, value in net.state_dict().items()}
-    shapes["map_label.weight"].reverse()
-    for name, block in net.named_modules():
-        if isinstance(block, unet.Block) and block.resample:
-            shapes |= {f"{name}.{conv}.resample_filter": [1, 1, 2, 2] for conv in ("conv0", "skip")}
+def _tensors(shapes: dict[str, list], tensors: dict[str, Tensor], kernel: Tensor):
+    """Rows: which tensors there are, of which shape, finite; of which filter."""
     for name in sorted(tensors.keys() - shapes.keys() - {"map_augment.weight"}):
         yield name, "too much", "nothing there"
     for name, shape in shapes.items():
@@ -206,4 +237,4 @@ def _tensors(net: unet.UNet, tensors: dict[str, Tensor]):
         yield name, str(list(tensor.shape)) if isinstance(tensor, Tensor) else type(tensor).__name__, str(shape)
         yield f"{name}, finite,", bool(tensor.float().isfinite().all()), True
         if "filter" in name:
-            yield f"{name}, a mean,", bool((tensor == 0.25).all()), True
+            yield f"{name}, the recorded one,", bool((tensor == kernel).all()), True

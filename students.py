@@ -21,7 +21,6 @@ import post
 import run
 import snapshot
 import tsm
-import unet
 from common import Draws, Ranks, Student
 from flags import UserError, settings, values
 from run import load_json, load_tensors, save_json, save_tensors
@@ -51,10 +50,10 @@ def load_network(path) -> Network:
 def _network(path: Path, changed: int) -> Network:
     if path.suffix == ".pkl":
         found = snapshot.read(path)
-        D = edm.Precond(unet.UNet(found.resolution, found.channels, found.classes, found.size), found.sigma_data)
-        D.net.load_state_dict(found.state)
         facts = replace(data.DATASETS["imagenet64"], name=path.name, classes=found.classes,
                         shape=(found.channels, found.resolution, found.resolution))
+        D = edm.Precond(facts.net(1, found.size), found.sigma_data)
+        D.net.load_state_dict(found.state)
         return Network(D.requires_grad_(False), facts, tuple(found.size), None)
     saved = load_tensors(path)
     with run.reading(path, "a checkpoint of this code"):

@@ -29,6 +29,8 @@ CONFLICTS = [  # for flags.check
      "--teacher exact: {f.run.dataset} has no closed form"),
     (lambda f: f.run.eval_samples < 2 * data.DATASETS[f.run.dataset].classes,
      "--eval-samples {f.run.eval_samples}: at least two per class"),
+    (lambda f: data.DATASETS[f.run.dataset].classes == 1 and not f.run.features,
+     "--features: NVIDIA's Inception is needed; our classifier has nothing to learn from one class"),
 ]
 
 

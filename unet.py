@@ -55,8 +55,8 @@ class Conv(nn.Conv2d):
 class Norm(nn.GroupNorm):
     """At most 32 groups of at least 4 channels; in the dtype of its input."""
 
-    def __init__(self, channels: int):
-        super().__init__(min(32, channels // 4), channels)
+    def __init__(self, channels: int, eps: float = 1e-5):
+        super().__init__(min(32, channels // 4), channels, eps)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
