@@ -162,6 +162,14 @@ def length(flags) -> tuple[int, int]:
     return flags.adm.steps, flags.adm.batch
 
 
+def passes(flags) -> tuple[int, int]:
+    """See edm.passes; a critic's look counts as a whole pass."""
+    f, dm, gan = flags.adm, flags.dm, flags.adm.gan_weight > 0
+    turns = f.ttur * f.steps + dm.fake_warmup
+    of_G = dm.draws * (edm.guided(flags) + 1) + 2 * gan
+    return f.steps * of_G + turns * (3 + 6 * gan), 3 * f.steps + turns - f.steps
+
+
 def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
     """Train the stack task.G against the critic [MSD Eq. 2, second line]; returns {file: the weights to keep in it}.
 

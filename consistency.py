@@ -147,6 +147,11 @@ def length(flags) -> tuple[int, int]:
     return flags.cd.steps, flags.cd.batch
 
 
+def passes(flags) -> tuple[int, int]:
+    """See edm.passes."""
+    return 2 * flags.cd.steps * edm.guided(flags), 4 * flags.cd.steps
+
+
 def highest(step: int, cd: Flags) -> int:
     """Levels below this one are in: all N - 1; in the first `rise` of the updates they come in from below."""
     rise = cd.rise * cd.steps

@@ -217,6 +217,14 @@ def length(flags) -> tuple[int, int]:
     return flags.dm.steps, flags.dm.batch
 
 
+def passes(flags) -> tuple[int, int]:
+    """See edm.passes."""
+    f, updates = flags.dm, [schedule(flags.dm, step) for step in range(flags.dm.steps)]
+    kl, turns = sum(u[0] for u in updates), sum(u[3] for u in updates)
+    fresh = turns - sum(u[0] and u[3] > 0 for u in updates)
+    return kl * f.draws * (edm.guided(flags) + 1) + 3 * turns, 3 * kl + 3 * f.steps * (f.reg_weight > 0) + fresh
+
+
 def first_kl_step(f: Flags) -> int:
     """The update at which the KL term sets in: after the regression phase, if there is one; never without a KL term."""
     return f.steps if f.dm_weight == 0 else f.reg_warmup if f.reg_weight > 0 else 0

@@ -243,6 +243,17 @@ def length(flags) -> tuple[int, int]:
     return flags.teacher.steps, flags.teacher.batch
 
 
+def passes(flags) -> tuple[int, int]:
+    """Of all updates of this stage, for one network and a sample of its batch: over networks of the teacher's size and
+    of the student's. A backward pass counts as two."""
+    return 3 * flags.teacher.steps, 0
+
+
+def guided(flags) -> int:
+    """Passes of one evaluation of mu_teacher."""
+    return 1 + (flags.teacher.cfg != 1)
+
+
 def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
     """Train the stack of denoisers task.G, one per seed, on task.real; returns {file: the weights to keep in it}."""
     f, D = flags.teacher, task.G

@@ -36,7 +36,8 @@ import tsm
 from common import Student, generator
 from flags import UserError, check, command, describe, flag, parse, settings, values
 from images import to_uint8
-from students import ONE_STEP, Data, Students, distil, first_start, load_students, stage_folder, tag_of
+from students import ONE_STEP, Data, Students, distil, first_start, load_network, load_students
+from students import stage_folder, tag_of
 
 ORDERS = "teacher tsm dm adm tsm,dm tsm,adm dm,adm tsm,dm,adm post tsm,post cd tsm,cd".split()
 
@@ -329,7 +330,7 @@ def report(flags: Flags, inputs: dict, device) -> int:
         before = flags.order()[:flags.order().index(stage.NAME)]
         configs[stage.NAME] = {**inputs[flags.run.seed].ancestry, **settings(flags, stage.NAME, stage.USES),
                                **values(flags, "partition", "student_size", "init"), "before": before}
-    size = flags.student_size or flags.teacher.size or facts.sizes[0]
+    size = flags.student_size or inputs[flags.run.seed].size
     more |= dict(size=size, parameters=weights(facts, size), classes_of_data=facts.classes, configs=configs)
     results = evaluate.results_of(flags.run, inputs, rows, edm.evaluations(flags.teacher.sampler_steps), **more)
     path = Path(flags.run.out) / f"results{run.suffix(tag_of(flags))}.json"
@@ -337,10 +338,15 @@ def report(flags: Flags, inputs: dict, device) -> int:
     return 0
 
 
-def weights(facts: data.Facts, size) -> int:
-    """Number of weights of a network, which is made without its memory."""
+def network(facts: data.Facts, size):
+    """One without its memory, to count."""
     with torch.device("cpu" if facts.stacked else "meta"):
-        return sum(p.numel() for p in facts.net(1, size).parameters())
+        return facts.net(1, size)
+
+
+def weights(facts: data.Facts, size) -> int:
+    """Number of weights of a network."""
+    return sum(p.numel() for p in network(facts, size).parameters())
 
 
 def title(flags: Flags) -> str:
@@ -350,16 +356,70 @@ def title(flags: Flags) -> str:
     return f"msd: {flags.run.dataset}, K = {K}, {stages or 'the teacher alone'}, into {flags.run.out}"
 
 
+def sizes_of(flags: Flags) -> tuple:
+    """Of the teacher's network and the students'."""
+    file = Path(flags.teacher.which)
+    size = load_network(file).size if file.is_file() else flags.teacher.size
+    return size, flags.student_size or size
+
+
 def memory(flags: Flags) -> int:
     """Bytes that a student's rank holds in float32: averages, gradients, AdamW's moments too; no activations."""
-    t, s = (weights(facts_of(flags), size) for size in (flags.teacher.size, flags.student_size or flags.teacher.size))
+    t, s = (weights(facts_of(flags), size) for size in sizes_of(flags))
     return 4 * (t + 6 * s + 4 * t * bool({"dm", "adm"} & {*flags.order()}))
 
 
+def activations(facts: data.Facts, size) -> int:
+    """Bytes that one sample's pass keeps for the pass back, in bfloat16, as on a GPU."""
+    net, sums = network(facts, size), []
+    net.precision = torch.bfloat16
+    for b in (1, 2):  # what both keep are copies of weights
+        kept, x = {}, torch.zeros(1, b, *facts.shape, device="meta")
+
+        def keep(t: Tensor) -> Tensor:
+            kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+            return t
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            out = net(x, x.new_ones(1, b), x.new_zeros(1, b).long())
+        sums.append(sum(kept.values()) if out.requires_grad else 0)
+    return sums[1] - sums[0]
+
+
+def room(flags: Flags) -> str:
+    """Which --micro-batch fits, by the passes that are held at once; estimated, without LPIPS."""
+    t, s = (activations(facts_of(flags), size) for size in sizes_of(flags))
+    held = {"dm": max(s + s * (flags.dm.reg_weight > 0), t), "adm": max(s + t, 3 * t)}
+    each, lines = max(held.get(name, s) for name in flags.order()), []
+    for gigabytes in (8, 16, 24, 80):
+        most = int((0.9 * gigabytes * 2 ** 30 - memory(flags)) / each)
+        lines.append(f"{gigabytes} GB: {1 << most.bit_length() - 1 if most > 0 else 'none'}")
+    return f"--micro-batch, estimated: {', '.join(lines)} ({each / 2 ** 20:.0f} MiB a sample in bfloat16)"
+
+
+def bill(flags: Flags) -> list[tuple[str, float]]:
+    """What a run costs, in evaluations of the teacher's network, for one sample each: (what, how many)."""
+    facts, (t, s), seeds = facts_of(flags), sizes_of(flags), len(flags.run.all_seeds())
+    cost, of_s = (evaluate.multiply_adds(network(facts, size), facts, "cpu" if facts.stacked else "meta") for size in (t, s))
+    ratio, each = of_s / cost, edm.evaluations(flags.teacher.sampler_steps) * edm.guided(flags)
+    drawn = flags.run.eval_samples * (2 if facts.stacked else 1)
+    rows = [("the teacher's training", edm.passes(flags)[0] * flags.teacher.batch)] * (flags.teacher.which == "train")
+    rows += [(f"{flags.dm.pairs:,} pairs, {each} each", flags.dm.pairs * each),
+             (f"{drawn:,} samples to compare with", drawn * each)]
+    for stage, _ in stages_of(flags):
+        (of_t, of_s), (steps, batch) = stage.passes(flags), stage.length(flags)
+        number = 1 if stage is tsm and flags.tsm.common else sum(flags.students)
+        rows.append((f"{stage.NAME}, {number} networks", number * batch * (of_t + ratio * of_s)))
+        if stage.BY:
+            chosen = -(-steps // flags.dm.eval_every) * number * flags.dm.select_samples
+            rows.append((f"{stage.NAME}, choosing the best", chosen * ratio))
+            rows.append((f"{stage.NAME}, evaluation", 2 * len(flags.students) * flags.run.eval_samples * ratio))
+    return [(what, seeds * number) for what, number in rows]
+
+
 def plan(flags: Flags) -> int:
-    """--dry-run: every value with its source, parameters, memory and ranks; without data or weights."""
+    """--dry-run: every value with its source, parameters, memory, ranks, and the bill; without data."""
     facts = facts_of(flags)
-    t, s = (weights(facts, size) for size in (flags.teacher.size, flags.student_size or flags.teacher.size))
+    t, s = (weights(facts, size) for size in sizes_of(flags))
     print(title(flags), describe(flags), sep="\n")
     for K in flags.students:
         ranks = "one stack on all ranks" if facts.stacked else f"{K} ranks: one a student; fewer: in turn"
@@ -368,8 +428,12 @@ def plan(flags: Flags) -> int:
             parts = partition(facts.classes, K, flags.partition, seed=flags.run.seed)
             print("  lowest to highest class of each", " | ".join(f"{Y_k[0]}-{Y_k[-1]}" for Y_k in parts))
     print(f"a student's rank holds {memory(flags) / 2 ** 30:.2f} GiB in float32, without activations")
-    cost = edm.evaluations(flags.teacher.sampler_steps)
-    print(f"pairs: {flags.dm.pairs:,} times {cost} evaluations of the teacher, {t:,} parameters")
+    if not facts.stacked:
+        print(room(flags))
+    rows = bill(flags)
+    print(f"the bill, in evaluations of the teacher, {t:,} parameters:")
+    for what, number in [*rows, ("in all", sum(number for _, number in rows))]:
+        print(f"  {number:>22,.0f}  {what}")
     return 0
 
 

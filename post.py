@@ -24,6 +24,11 @@ def length(flags) -> tuple[int, int]:
     return flags.tsm.steps + flags.dm.steps + flags.adm.steps, flags.dm.batch
 
 
+def passes(flags) -> tuple[int, int]:
+    """See edm.passes."""
+    return length(flags)[0], 3 * length(flags)[0]
+
+
 def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
     """Train the stack task.G to imitate the frozen task.imitated; returns {file: the weights to keep in it}."""
     f, G, (steps, _) = flags.dm, task.G, length(flags)

@@ -73,6 +73,11 @@ def length(flags) -> tuple[int, int]:
     return flags.tsm.steps, flags.tsm.batch
 
 
+def passes(flags) -> tuple[int, int]:
+    """See edm.passes."""
+    return flags.tsm.steps * edm.guided(flags), 3 * flags.tsm.steps
+
+
 def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
     """Match the stack task.G to the frozen task.teacher on task.real; returns {file: the weights to keep in it}."""
     f, D = flags.tsm, task.G

@@ -9,6 +9,7 @@ import consistency
 import data
 import dmd
 import edm
+import evaluate
 import post
 import tsm
 from common import Student
@@ -67,6 +68,18 @@ def test_resume_bit_for_bit(tmp_path, monkeypatch, stage):
         lines = (tmp_path / name / "metrics.csv").read_text().splitlines()
         rows.append([re.sub(r",[\d.]+,", ",", line, count=1) for line in lines])  # without the seconds
     assert rows[0] == rows[1] and (len(rows[0]) > 1 or not stage.BY)
+
+
+@every_loop
+@pytest.mark.parametrize("more", ["", "--ttur 3 --adm-ttur 2 --reg-weight 0 --gan-weight 0", "--dm-weight 0"])
+def test_the_bill_is_what_is_counted(tmp_path, stage, more):
+    """--dry-run's passes of a stage, and the FLOPs that its loop counts; networks of 12, teachers of 16 channels."""
+    mu_teacher, flags, facts = denoiser(16).requires_grad_(False), flags_of(stage, more), data.facts("toy")
+    trained(stage, [Student(0, 1, 0, ALL)], flags, tmp_path, teacher=mu_teacher)
+    of_student, of_teacher = (2 * evaluate.multiply_adds(net, facts) for net in (denoiser(12), mu_teacher))
+    a, b = stage.passes(flags)
+    wanted = stage.length(flags)[1] * (a * (of_student if stage is edm else of_teacher) + b * of_student)
+    assert load_tensors(tmp_path / "state.pt")["flops"] == wanted
 
 
 @pytest.mark.parametrize("stage, line", [
