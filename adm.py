@@ -46,7 +46,7 @@ from flags import Bins, flag
 
 NAME, BY = "adm", "real_select"  # the reference that a student's best checkpoint is nearest to: data
 USES = {name: f"dm.{name}" for name in ("beta1", "beta2", "decay", "warmup", "clip_norm", "ema", "dm_weight", "draws",
-                                        "bins", "normaliser", "select_samples", "eval_every")}
+                                        "bins", "normaliser", "select_samples", "eval_every", "conditioning_sigma")}
 USES |= {"adm_fake_warmup": "dm.fake_warmup", "real": "real"}
 
 

@@ -9,10 +9,9 @@ denoiser; but real data.
   f(x; sigma_min) = x by the scalings        [Song et al. 2023, Eq. 5, App. C]     boundary_scalings, student_of
   one step of the teacher's ODE              [EDM Alg. 1]                          heun_step
   consistency loss, target by EMA            [Song et al. 2023, Eq. 7, Alg. 2]     consistency_loss, train
-  what a perfect f gives, with N levels      (the N-point Heun sampler)            bound
 
 (Song et al. 2023: "Consistency Models", arXiv 2303.01469.) With N levels and Heun's steps, f imitates the N-point Heun
-sampler, whose own distance `bound` measures. Not here: training without a teacher, growing N, several steps.
+sampler. Not here: training without a teacher, growing N, several steps.
 
 Departures, from Song et al.'s CD on ImageNet-64 (cifar10: their CIFAR-10 run); MSD says only that it was done
  1. AdamW for RAdam; weight decay, warm-up and clipping are those of the DM preset; EMAs begin with a shorter memory.
@@ -113,18 +112,6 @@ def consistency_loss(f, target, solve, x: Tensor, label: Tensor | None, t: Tenso
     with torch.no_grad():
         y = target(solve(x_t, t, t_next, label), t_next, label)
     return regression_loss(f(x_t, t, label), y, distance)
-
-
-@torch.no_grad()
-def bound(denoise, z: Tensor, label: Tensor, points: int) -> Tensor:
-    """Where the N-point Heun sampler takes z [..., *shape]: what a perfect f of N = `points` levels would give.
-
-    `edm.heun` with the same levels, but for its last step, from sigma_min to 0, which f does not take."""
-    grid = edm.sigma_bins(points).flip(0).to(z)
-    x = edm.SIGMA_MAX * z
-    for t, t_next in zip(grid, grid[1:]):
-        x = heun_step(denoise, x, t.expand(label.shape), t_next.expand(label.shape), label)
-    return x
 
 
 def level_law(grid: Tensor, focus: float) -> Tensor:

@@ -166,11 +166,13 @@ class Images:
         return x, label.to(draws.device)
 
     def truth(self, seed: int, number: int) -> list[Pair]:
-        """The training images, and the test images (or `number` of the training images)."""
+        """Two sets without a common image, to report and to select by: the training and the test images, or, without
+        test images, all others and `number` of the training images (at most half)."""
         if self.test is not None:
             return [(self.x, self.label), self.test]
-        drawn = torch.randperm(len(self.x), generator=generator("truth"))[:number].sort().values
-        return [(self.x, self.label), (self.x[drawn], self.label[drawn])]
+        order, half = torch.randperm(len(self.x), generator=generator("truth")), len(self.x) // 2
+        parts = order[min(number, half):].sort().values, order[:min(number, half)].sort().values
+        return [(self.x[part], self.label[part]) for part in parts]
 
     def fingerprint(self) -> str:
         """Of the labels and of some images."""

@@ -77,6 +77,8 @@ class Flags:
     distance: str = flag("l2", "l of the regression and of CD: root mean square, mean square, or LPIPS (VGG)",
                          choices=("l2", "mse", "lpips"))
     filter_pairs: bool = flag(False, "keep only the pairs of a student's own classes: what App. B.4 rejects")
+    conditioning_sigma: float = flag(edm.SIGMA_MAX, "noise level at which G generates [MSD App. D.4]", low=0.002,
+                                     below=81, name="conditioning_sigma")
     pairs: int = flag(1000, "pairs (z, y) from the teacher's ODE, a fixed set", low=1)
     select_samples: int = flag(16_000, "samples per student of each evaluation that chooses best.pt", low=8)
     eval_every: int = flag(250, "updates between the evaluations that choose best.pt", low=1)
@@ -189,12 +191,12 @@ def lpips_distance(device, random_weights: bool = False):
 
 
 def one_step(G, z: Tensor, label: Tensor | None) -> Tensor:
-    """x = G(sigma_max z; sigma_max, label): z [..., *shape] has unit variance and is scaled here, exactly once.
+    """x = G(sigma z; sigma, label), sigma = G.sigma_in, by default sigma_max: z [..., *shape] has unit variance and is
+    scaled here, exactly once.
 
     label [...] (int64), None, or, of a network with fixed embeddings, embeddings [..., d] themselves."""
     lead = z.shape[:1] if label is None else label.shape[:-1] if label.is_floating_point() else label.shape
-    sigma = torch.full(lead, edm.SIGMA_MAX, dtype=z.dtype, device=z.device)
-    return G(edm.SIGMA_MAX * z, sigma, label)
+    return G(G.sigma_in * z, torch.full(lead, G.sigma_in, dtype=z.dtype, device=z.device), label)
 
 
 @torch.no_grad()

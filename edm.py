@@ -61,6 +61,16 @@ class Flags:
                               record=False)
 
 
+@dataclass
+class Churn:
+    """The teacher's stochastic sampler [EDM Alg. 2]; for samples to compare with, never for pairs"""
+    prefix = ""
+    S_churn: float = flag(0.0, "noise added, over all steps; 0 = the deterministic one", low=0, name="S_churn")
+    S_min: float = flag(0.0, "the lowest level with it", low=0, name="S_min")
+    S_max: float = flag(SIGMA_MAX, "the highest", low=0, name="S_max")
+    S_noise: float = flag(1.0, "its standard deviation", low=0, name="S_noise")
+
+
 LAW = dict(noise_law="lognormal", P_mean=-1.2, P_std=1.2)  # [EDM Table 1]
 PRESETS = {
     ("toy", "paper"): dict(steps=100_000, lr=1e-4, decay="constant", noise_law="bins", sampler_steps=256),
@@ -95,11 +105,12 @@ class Precond(nn.Module):
     """D(x; sigma, label) = c_skip x + c_out F(c_in x, c_noise, label) [EDM Table 1, Eq. 7]; x [..., *shape].
 
     For data of variance sigma_data^2 the network's input and target have unit variance at every sigma. With
-    sigma_min > 0 D(x; sigma_min) = x exactly: a consistency model's boundary scalings (consistency.py)."""
+    sigma_min > 0 D(x; sigma_min) = x exactly: a consistency model's boundary scalings (consistency.py). sigma_in: the
+    level at which it generates in one step (dmd.one_step)."""
 
-    def __init__(self, net: nn.Module, sigma_data: float = 0.5, sigma_min: float = 0.0):
+    def __init__(self, net: nn.Module, sigma_data: float = 0.5, sigma_min: float = 0.0, sigma_in: float = SIGMA_MAX):
         super().__init__()
-        self.net, self.sigma_data, self.sigma_min = net, sigma_data, sigma_min
+        self.net, self.sigma_data, self.sigma_min, self.sigma_in = net, sigma_data, sigma_min, sigma_in
 
     def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """c_skip, c_out, c_in, c_noise at sigma."""

@@ -39,6 +39,7 @@ class Judge:
     distance: Callable  # (statistics, statistics, classes=None) -> float, 0 = equal
     check: Callable  # (x, label) -> {name: value}, further numbers
     truth: Callable  # (seed, number) -> {"real", "real_select": statistics of the data, "floor_data": float}
+    spread: Callable = lambda mine, real: {}  # (statistics, those of the data) -> {name: value}
 
 
 def toy_judge(facts: data.Facts) -> Judge:
@@ -58,22 +59,31 @@ def toy_judge(facts: data.Facts) -> Judge:
 
 
 class Features:
-    """Features [N, d] of labelled images, and their moments over any classes [MSD App. E]."""
+    """Features of labelled images, in pieces [n, d] that may lie in files, and their moments over any classes."""
 
-    def __init__(self, features: Tensor, label: Tensor):
-        self.features, self.label, self.known = features, label.cpu(), {}
+    def __init__(self, pieces: list[Tensor], label: Tensor):
+        self.pieces, self.label, self.known = pieces, label.cpu(), {}
 
     def moments(self, classes=None) -> fid.Moments:
         """Kept: a reference is asked often. UserError for fewer than 2 images."""
         key = None if classes is None else tuple(sorted(map(int, classes)))
         if key not in self.known:
-            rows = self.features if key is None else self.features[torch.isin(self.label, torch.tensor(key))]
-            if len(rows) < 2:
+            found = fid.Moments()
+            for piece, label in zip(self.pieces, self.label.split([*map(len, self.pieces)])):
+                found.add(piece if key is None else piece[torch.isin(label, torch.tensor(key))])
+            if found.n < 2:
                 raise UserError(f"classes {list(key or ())}: fewer than 2 images to judge by")
-            self.known[key] = fid.Moments()
-            for piece in rows.split(16_384):
-                self.known[key].add(piece)
+            self.known[key] = found
         return self.known[key]
+
+    def some(self, number: int) -> Tensor:
+        """Features [number or all, d] of evenly spaced images."""
+        pick = torch.linspace(0, len(self.label) - 1, min(number, len(self.label))).long().unique()
+        first, out = 0, []
+        for piece in self.pieces:
+            out.append(piece[pick[(pick >= first) & (pick < first + len(piece))] - first])
+            first += len(piece)
+        return torch.cat(out)
 
     def distance(self, other: "Features", classes=None) -> float:
         """Frechet distance over `classes` (default all)."""
@@ -99,12 +109,17 @@ def judge(run_flags: run.Flags, source: Callable, ranks: common.Ranks) -> Judge:
     def train(path: Path):
         fid.save_classifier(path, fid.train_classifier(source().x, source().label, facts.classes, device=device))
 
-    def extract(path: Path):
-        x, label = zip(*source().truth(0, run_flags.eval_samples))
-        run.save_tensors(path, {"features": [net.features(part) for part in x], "label": list(label)})
+    def extracted(name: str, x: Tensor, label: Tensor) -> Features:  # shared out, never held
+        folder, parts = Path(run_flags.out) / "data", x.split(16_384)
+        files = [run.shard(folder, f"features-{name}", i) for i in range(len(parts))]
+        todo = [i for i in ranks.share(len(parts)) if not files[i].exists()]
+        for i in run.bar(todo, "features of the data", len(todo), ranks.rank > 0):
+            run.save_tensors(files[i], {"y": net.features(parts[i])})
+        ranks.wait()
+        return Features([run.load_tensors(file, "y", mmap=True)["y"] for file in files], label)
 
     def statistics(x: Tensor, label: Tensor) -> Features:  # judged as the image that is saved
-        return Features(net.features(images.to_uint8(x).cpu()), label)
+        return Features([net.features(images.to_uint8(x).cpu())], label)
 
     @torch.no_grad()
     def check(x: Tensor, label: Tensor) -> dict:
@@ -114,17 +129,21 @@ def judge(run_flags: run.Flags, source: Callable, ranks: common.Ranks) -> Judge:
         logits = torch.cat([net(images.to_float(part.to(device))).cpu() for part in parts])
         return {"right class": (logits.argmax(1) == label.cpu()).double().mean().item()}
 
+    def spread(mine: Features, of_data: Features) -> dict:
+        pair = fid.precision_recall(of_data.some(10_000), mine.some(10_000))
+        return dict(zip(("precision", "recall"), pair))
+
     @functools.cache
     def real() -> dict:
         weights = common.fingerprint(net.net if run_flags.features else net)
-        kept = run.load_tensors(once(f"features-{weights}.pt", extract))
-        training, test = map(Features, kept["features"], kept["label"])
-        return {"real": training, "real_select": training, "floor_data": training.distance(test)}
+        report, select = (extracted(f"{weights}-{name}-{len(pair[0])}", *pair) for name, pair in
+                          zip(("report", "select"), source().truth(0, run_flags.eval_samples)))
+        return {"real": report, "real_select": select, "floor_data": report.distance(select)}
     if run_flags.features:
         net = fid.Inception(run_flags.features, device)
     else:
         net = fid.load_classifier(once(f"classifier-{facts.resolution}px.pt", train)).to(device)
-    return Judge(net.name, statistics, Features.distance, check, lambda seed, number: dict(real()))
+    return Judge(net.name, statistics, Features.distance, check, lambda seed, number: dict(real()), spread)
 
 
 # ---- a sampler and its row
@@ -168,7 +187,8 @@ def measure(sampler: Sampler, given, number: int) -> Row:
     if sampler.keep:
         who = {"student": sampler.student(label)} if sampler.student else {}
         run.save_tensors(sampler.keep / "samples.pt", {"x": x, "label": label, **who})
-    mine, more = judge.statistics(x, label), {**judge.check(x, label), **sampler.more}
+    mine = judge.statistics(x, label)
+    more = {**judge.check(x, label), **judge.spread(mine, real), **sampler.more}
     if sampler.per_class and facts.classes <= 100:
         more["per_class"] = [judge.distance(mine, report, [c]) for c in range(facts.classes)]
         more["per_class_mean"] = sum(more["per_class"]) / facts.classes
@@ -188,10 +208,11 @@ def measure_all(samplers, given: dict, number: int) -> dict:
 
 def teacher_row(given, y: Tensor) -> Row:
     """Of the teacher's samples y [N, *shape], equally many a class."""
-    judge, label = given.judge, data.stratified(len(y), given.facts.classes)
-    to_data = judge.distance(judge.statistics(y, label), given.references["real"])
+    judge, real, label = given.judge, given.references["real"], data.stratified(len(y), given.facts.classes)
+    mine = judge.statistics(y, label)
     floor = {k: v for k, v in given.references.items() if k == "floor"}  # two draws of it
-    return Row(to_data=to_data, more={**judge.check(y, label), **floor})
+    return Row(to_data=judge.distance(mine, real),
+               more={**judge.check(y, label), **judge.spread(mine, real), **floor})
 
 
 @torch.no_grad()
@@ -206,8 +227,8 @@ def multiply_adds(denoise: Callable, facts: data.Facts, device="cpu") -> int:
 # ---- results.json
 
 STAGES = ("post", "cd", "dm", "adm", "o2mkd")  # the last of these is "students"; merged, heun-20 … stand beside
-COLUMNS = ("{}", "{}_sd", "{}_data", "{}_data_sd", "within", "modes", "mode_min", "mode_max", "right class", "seconds",
-           "teraflops", "parameters", "multiply_adds")
+COLUMNS = ("{}", "{}_sd", "{}_data", "{}_data_sd", "within", "modes", "mode_min", "mode_max", "right class",
+           "precision", "recall", "seconds", "teraflops", "parameters", "multiply_adds")
 
 
 def summary(rows: list[dict]) -> dict:
@@ -276,8 +297,6 @@ def table(results: dict) -> str:
     """A line for the teacher and for each K and stage, a column for each number that one of them has."""
     m, teacher, cost, rows = results["metric"], results["teacher"], results.get("cost", {}), []
     lines = {f"teacher, {teacher['evaluations']} evaluations": {m: teacher.get("floor")} | teacher | cost.get("0", {})}
-    if "bound" in results:
-        lines[f"{results['bound']['points']}-point Heun"] = results["bound"]
     for stage, of_k in results["stages"].items():
         if not stage.startswith(("heun-", "ddim-")):  # those: figure "curve"
             rows += [(int(K), stage, row) for K, row in of_k.items() if m in row]

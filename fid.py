@@ -78,6 +78,19 @@ def frechet_distance(mu1, cov1, mu2, cov2) -> float:
     return max(0.0, ((mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * root).item())
 
 
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
+    """Shares of fake [N, d] among real [M, d], and of real among fake; among: nearer to one of them than its k-th
+    nearest neighbour [Kynkäänniemi et al. 2019, Eq. 1, 2]. ValueError for fewer than k + 1."""
+    if min(len(real), len(fake)) <= k:
+        raise ValueError(f"{min(len(real), len(fake))} points: no {k}-th neighbour")
+
+    def among(x: Tensor, of: Tensor) -> float:
+        radius = torch.cat([torch.cdist(part, of).kthvalue(k + 1).values for part in of.split(1024)])  # 1st: itself
+        return torch.cat([(torch.cdist(part, of) <= radius).any(1) for part in x.split(1024)]).double().mean().item()
+    real, fake = real.double(), fake.double()
+    return among(fake, real), among(real, fake)
+
+
 class Inception:
     """NVIDIA's TorchScript Inception. UserError if the file is something else."""
     name, dimension = "FID", 2048

@@ -36,7 +36,7 @@ import tsm
 from common import Student, generator
 from flags import UserError, check, command, describe, flag, parse, settings, values
 from images import to_uint8
-from students import ONE_STEP, Data, Students, distil, first_start, load_network, load_students
+from students import ONE_STEP, Data, Students, distil, first_start, load_students
 from students import stage_folder, tag_of
 
 ORDERS = "teacher tsm dm adm tsm,dm tsm,adm dm,adm tsm,dm,adm post tsm,post cd tsm,cd".split()
@@ -48,6 +48,7 @@ class Flags:
     prefix = ""
     run: run.Flags
     teacher: edm.Flags
+    churn: edm.Churn
     dm: dmd.Flags
     tsm: tsm.Flags
     adm: adm.Flags
@@ -303,35 +304,16 @@ def samplers(flags: Flags, device):
                                {"teraflops": best.flops / 1e12})
 
 
-def cd_bound(flags: Flags, given: teacher.Given, device) -> dict:
-    """What a perfect f of CD gives: the distances of the N-point Heun sampler's own samples. Made once and kept."""
-    facts, N, m = given.facts, flags.cd.points, given.facts.metric
-
-    def sample(z: Tensor, label: Tensor) -> Tensor:
-        chunks = zip(z.split(facts.chunk), label.split(facts.chunk))
-        return torch.cat([consistency.bound(given.mu_teacher, a[None].to(device), b[None].to(device), N)[0].cpu()
-                          for a, b in run.bar(chunks, f"{N}-point sampler", -(-len(z) // facts.chunk))])
-    judged = "" if facts.stacked else run.suffix(Path(flags.run.features).stem or "classifier")
-    path = Path(flags.run.out) / f"seed{given.seed}" / "reference" / f"bound-{N}{judged}.json"
-    if not path.exists():
-        row = evaluate.measure(evaluate.Sampler("bound", 0, given.seed, sample), given, flags.run.eval_samples)
-        run.save_json(path, {m: row.to_teacher, f"{m}_data": row.to_data})
-    return run.load_json(path)
-
-
 def report(flags: Flags, inputs: dict, device) -> int:
     """Measure the students of all one-step stages; results.json, table, verdicts, figures."""
-    facts, more, configs = facts_of(flags), {}, {}
+    facts, configs = facts_of(flags), {}
     rows = evaluate.measure_all(samplers(flags, device), inputs, flags.run.eval_samples)
-    if "cd" in rows:
-        bounds = [cd_bound(flags, given, device) for given in inputs.values()]
-        more["bound"] = {**evaluate.summary(bounds), "points": flags.cd.points}
     for stage, _ in stages_of(flags):
         before = flags.order()[:flags.order().index(stage.NAME)]
         configs[stage.NAME] = {**inputs[flags.run.seed].ancestry, **settings(flags, stage.NAME, stage.USES),
                                **values(flags, "partition", "student_size", "init"), "before": before}
     size = flags.student_size or inputs[flags.run.seed].size
-    more |= dict(size=size, parameters=weights(facts, size), classes_of_data=facts.classes, configs=configs)
+    more = dict(size=size, parameters=weights(facts, size), classes_of_data=facts.classes, configs=configs)
     results = evaluate.results_of(flags.run, inputs, rows, edm.evaluations(flags.teacher.sampler_steps), **more)
     path = Path(flags.run.out) / f"results{run.suffix(tag_of(flags))}.json"
     evaluate.report(path, results, evaluate.verdicts(results))
@@ -358,8 +340,8 @@ def title(flags: Flags) -> str:
 
 def sizes_of(flags: Flags) -> tuple:
     """Of the teacher's network and the students'."""
-    file = Path(flags.teacher.which)
-    size = load_network(file).size if file.is_file() else flags.teacher.size
+    there = Path(flags.teacher.which).is_file()
+    size = teacher.loaded(flags, facts_of(flags)).size if there else flags.teacher.size
     return size, flags.student_size or size
 
 
@@ -398,9 +380,9 @@ def room(flags: Flags) -> str:
 
 def bill(flags: Flags) -> list[tuple[str, float]]:
     """What a run costs, in evaluations of the teacher's network, for one sample each: (what, how many)."""
-    facts, (t, s), seeds = facts_of(flags), sizes_of(flags), len(flags.run.all_seeds())
-    cost, of_s = (evaluate.multiply_adds(network(facts, size), facts, "cpu" if facts.stacked else "meta") for size in (t, s))
-    ratio, each = of_s / cost, edm.evaluations(flags.teacher.sampler_steps) * edm.guided(flags)
+    facts, seeds, device = facts_of(flags), len(flags.run.all_seeds()), "cpu" if facts_of(flags).stacked else "meta"
+    t, s = (evaluate.multiply_adds(network(facts, size), facts, device) for size in sizes_of(flags))
+    ratio, each = s / t, edm.evaluations(flags.teacher.sampler_steps) * edm.guided(flags)
     drawn = flags.run.eval_samples * (2 if facts.stacked else 1)
     rows = [("the teacher's training", edm.passes(flags)[0] * flags.teacher.batch)] * (flags.teacher.which == "train")
     rows += [(f"{flags.dm.pairs:,} pairs, {each} each", flags.dm.pairs * each),

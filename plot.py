@@ -300,7 +300,7 @@ def pull(field, fake, teacher: Path, folder: Path, name: str, number: int = 1500
     row = next(k for k, Y_k in enumerate(best.parts) if 0 in Y_k)
     nets = []
     for part, size in (("G", best.size), ("mu_fake", D.size)):
-        nets.append(edm.Precond(D.facts.net(1, size), D.facts.sigma_data))
+        nets.append(edm.Precond(D.facts.net(1, size), D.facts.sigma_data, sigma_in=best.net.sigma_in))
         nets[-1].load_state_dict({key: value[row:row + 1] for key, value in saved["parts"][part].items()})
     (G, mu_fake), at = nets, torch.tensor([toy_mog.OUTER, 0.0])  # the centre of class 0
     grid = at + torch.cartesian_prod(*[torch.linspace(-0.13, 0.13, 20)] * 2)[None]  # [1, 400, 2]
@@ -359,12 +359,10 @@ def claim(name: str, text: str, numbers: dict, metric: str, lines: dict) -> plt.
 
 def against_k(results: dict, rows: dict) -> plt.Figure:
     """[MSD Table 1, 5]: distance against K, of stages {stage: {K: row}}."""
-    m, t, bound, numbers = aim(results, rows), results["teacher"], results.get("bound", {}), {}
+    m, t, numbers = aim(results, rows), results["teacher"], {}
     lines = {"two draws of the teacher": results.get("floor")}
     if m != "l1":
         lines = {f"teacher, {t['evaluations']} evaluations": t[m], "two draws of the data": results["floor_data"]}
-    if m in bound:
-        lines[f"{bound['points']}-point Heun sampler"] = bound[m]
     for K in sorted(set().union(*rows.values()), key=int):
         for stage in (stage for stage in rows if K in rows[stage]):
             numbers[f"{K}, after {stage.upper()}"] = [seed[m] for seed in rows[stage][K]["per_seed"]]

@@ -15,7 +15,7 @@ from dmd import one_step, regression_loss
 
 NAME, BY = "post", "real_select"  # the reference that a student's best checkpoint is nearest to: data
 USES = {name: f"dm.{name}" for name in ("pairs", "batch", "beta1", "beta2", "decay", "warmup", "clip_norm", "ema",
-                                        "distance", "select_samples", "eval_every")}
+                                        "distance", "select_samples", "eval_every", "conditioning_sigma")}
 USES |= {"post_lr": "dm.reg_lr", "student_size": "student_size"}
 
 

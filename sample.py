@@ -37,6 +37,7 @@ from teacher import Given
 class Flags:
     """Sampling"""
     prefix = ""
+    churn: edm.Churn
     run: str = flag("runs/toy", "the run folder (its first seed), or a seed's")
     students: int = flag(8, "their number K")
     tag: str = flag("", "their tag")
@@ -47,7 +48,6 @@ class Flags:
     seeds: str = flag("0-999", "one sample each: 0-63 or 3,14,15", pattern=r"\d+(-\d+)?(,\d+(-\d+)?)*")
     sampler: str = flag("heun", "the multi-step sampler: heun, or ddim of first order", choices=tuple(edm.SAMPLERS))
     steps: int = flag(0, "its steps; none = as in the run", low=2)
-    S_churn: float = flag(0.0, "its stochasticity [EDM Alg. 2]; 0 = deterministic", low=0)
     out: str = flag("samples", "OUT.npz, OUT.png")
     folders: bool = flag(False, "images: also PNG files by seed, OUT-WHO/000000.png")
     device: str = flag("auto", "auto, cpu, cuda or mps")
@@ -101,7 +101,7 @@ def main(argv=None):
         raise UserError(f"--classes {flags.classes}: the run has {known[0]} to {known[-1]}")
     classes = torch.tensor(flags.classes or known)
     label, z = classes[torch.arange(len(seeds)) % len(classes)].to(device), latents(seeds, facts.shape).to(device)
-    solve = functools.partial(edm.SAMPLERS[flags.sampler], steps=steps, S_churn=flags.S_churn)
+    solve = functools.partial(edm.SAMPLERS[flags.sampler], steps=steps, **vars(flags.churn))
     made = {who: multistep(solve, D, z, label, seeds, facts.chunk) for who, D in denoisers.items()}
     cost = dict.fromkeys(made, edm.evaluations(steps, flags.sampler))
     if one_step:

@@ -60,7 +60,7 @@ def read(path) -> Snapshot:
             try:
                 held = _Reader(file).load()
                 if "ema" not in held:
-                    raise ValueError(f"it holds {_said(', '.join(map(str, held)))}; StyleGAN's and others are not EDM's")
+                    raise ValueError(f"it holds {_said(', '.join(map(str, held)))}: StyleGAN's, or another's")
                 return _network(held["ema"], file.seek(0, 2))
             except MemoryError:
                 raise ValueError("a length that no memory holds") from None

@@ -4,8 +4,8 @@ As unet.py, with these differences [Song et al. 2021, App. H; EDM Table 7, App. 
 features, every sum of two is divided by sqrt 2, attention has one head and in the decoder stands at the end of a level
 alone, resolutions change by a filter, and in the skip and residual variants the image itself enters every level.
 
-Departures: the class's bias is part of map_layer0's; a new network's last layers are 0, not 1e-5; no augmentation label,
-which is NVIDIA's at 0.
+Departures: the class's bias is part of map_layer0's; a new network's last layers are 0, not 1e-5; no augmentation
+label, which is NVIDIA's at 0.
 """
 import math
 from typing import NamedTuple
@@ -98,7 +98,7 @@ class Block(unet.Block):
 
 
 class SongUNet(nn.Module):
-    """F(x, c_noise, label) -> [..., C, H, W]; arguments as of unet.UNet. ValueError if the resolution does not halve."""
+    """F(x, c_noise, label) -> [..., C, H, W]: see unet.UNet. ValueError if the resolution does not halve."""
 
     def __init__(self, resolution: int, channels: int, classes: int, size: Size = DDPMPP):
         super().__init__()

@@ -58,7 +58,8 @@ def _network(path: Path, changed: int) -> Network:
     saved = load_tensors(path)
     with run.reading(path, "a checkpoint of this code"):
         facts, parts = data.facts(saved["dataset"], saved.get("resolution", 0)), saved.get("partition")
-        D = edm.Precond(facts.net(len(parts or [0]), saved["size"]), facts.sigma_data, saved.get("sigma_min", 0.0))
+        D = edm.Precond(facts.net(len(parts or [0]), saved["size"]), facts.sigma_data, saved.get("sigma_min", 0.0),
+                        saved.get("sigma_in", edm.SIGMA_MAX))
         D.load_state_dict(saved["net"])
     return Network(D.requires_grad_(False), facts, saved["size"], parts, saved.get("seconds", 0.0),
                    saved.get("flops", 0.0))
@@ -69,9 +70,10 @@ def rows_of(net: nn.Module, rows: slice, students: int) -> dict:
     return {k: (v if students == 1 else v[rows]).detach().cpu().clone() for k, v in net.state_dict().items()}
 
 
-def stacked(nets: list[edm.Precond], size, facts: data.Facts, device) -> edm.Precond:
-    """One stack of these stacks of one."""
-    out = edm.Precond(facts.net(len(nets), size), nets[0].sigma_data, nets[0].sigma_min).to(device)
+def stacked(nets: list[edm.Precond], size, facts: data.Facts, device, sigma_in: float = 0.0) -> edm.Precond:
+    """One stack of these stacks of one; sigma_in: 0 = as they have it."""
+    first, net = nets[0], facts.net(len(nets), size)
+    out = edm.Precond(net, first.sigma_data, first.sigma_min, sigma_in or first.sigma_in).to(device)
     states = [n.state_dict() for n in nets]
     out.load_state_dict(states[0] if len(nets) == 1 else {k: torch.cat([s[k] for s in states]) for k in states[0]})
     return out
@@ -82,7 +84,7 @@ def one_of(network: Network, k: int) -> edm.Precond:
     stack = network.net
     if len(network.parts or [0]) == 1:
         return stack
-    D = edm.Precond(network.facts.net(1, network.size), stack.sigma_data, stack.sigma_min)
+    D = edm.Precond(network.facts.net(1, network.size), stack.sigma_data, stack.sigma_min, stack.sigma_in)
     D.load_state_dict(rows_of(stack, slice(k, k + 1), len(network.parts)))
     return D.requires_grad_(False)
 
@@ -240,6 +242,7 @@ class Task:
         self.flags, self.students, self.shares = flags, students, shares
         self.given = [inputs[s.seed] for s in students]  # [M]: each student's teacher and data
         self.facts, self.device = self.given[0].facts, ranks.device
+        self.sigma_in = flags.dm.conditioning_sigma if stage.BY else edm.SIGMA_MAX
         if stage.BY:
             self.select = Selection(stage.BY, students, inputs, flags.dm.select_samples, ranks)
         of_real = [replace(s, classes=tuple(D.real.tolist())) for s, D in zip(students, shares)]
@@ -248,10 +251,10 @@ class Task:
     @functools.cached_property
     def G(self) -> edm.Precond:
         """The stack of networks to train, at its start."""
-        return self._stack([s.start for s in self.students])
+        return self._stack([s.start for s in self.students], self.sigma_in)
 
-    def _stack(self, starts: list[Start]) -> edm.Precond:
-        return stacked([s.load() for s in starts], starts[0].size, self.facts, self.device)
+    def _stack(self, starts: list[Start], sigma_in: float = 0.0) -> edm.Precond:
+        return stacked([s.load() for s in starts], starts[0].size, self.facts, self.device, sigma_in)
 
     def _teachers(self) -> edm.Precond:
         return stacked([g.net for g in self.given], self.given[0].size, self.facts, self.device)
@@ -374,7 +377,7 @@ def _train(stage, folders: dict, inputs: dict, flags, ranks: Ranks) -> None:
         about |= {} if stage is edm else {"partition": [s.classes for s in students[slots]]}
         save_json(folder / "done.json", cost)
         for file, net in kept.items():
-            about |= {"sigma_min": net.sigma_min} if net.sigma_min else {}
+            about |= {"sigma_min": net.sigma_min, "sigma_in": net.sigma_in}
             save_tensors(folder / file, {**about, "net": rows_of(net, slots, len(students))})
 
 

@@ -78,7 +78,7 @@ def prepare(flags, ranks: Ranks, students_by_class: bool = True) -> dict[int, Gi
     """{seed: Given}. For msd.py also pairs, and weights for the closed form."""
     facts = data.facts(flags.run.dataset, flags.run.resolution)
     source, t, exact = data.opened(flags.run, ranks), flags.teacher, flags.teacher.which == "exact"
-    network = None if t.which in ("train", "exact") else _loaded(flags, facts)
+    network = None if t.which in ("train", "exact") else loaded(flags, facts)
     origin = {"dataset": facts.name, "teacher": common.fingerprint(network.net) if network else t.which}
     origin |= {"resolution": facts.resolution} if facts.native else {}
     if t.which == "train":
@@ -119,7 +119,7 @@ def prepare(flags, ranks: Ranks, students_by_class: bool = True) -> dict[int, Gi
 
 # ---- networks
 
-def _loaded(flags, facts: data.Facts) -> students.Network:
+def loaded(flags, facts: data.Facts) -> students.Network:
     """--teacher PATH. UserError if it is no teacher of this data, or none for --cfg."""
     path = Path(flags.teacher.which)
     found = students.load_network(path)
@@ -164,14 +164,15 @@ def _networks(flags, given: dict[int, Given], ranks: Ranks) -> None:
 
 # ---- samples of the teacher
 
-def make_pairs(teacher, z: Tensor, label: Tensor, steps: int, chunk: int = 8192) -> Tensor:
-    """y [..., N, *shape]: where the teacher's ODE takes unit-variance latents z, of label [..., N] [MSD App. D.2.1]."""
+def make_pairs(teacher, z: Tensor, label: Tensor, steps: int, chunk: int = 8192, **churn) -> Tensor:
+    """y [..., N, *shape]: where the teacher's ODE takes unit-variance latents z, of label [..., N] [MSD App. D.2.1].
+    churn: edm.heun's, for other samples than pairs."""
     lead = label.ndim - 1
     chunks = zip(z.split(chunk, lead), label.split(chunk, lead))
-    return torch.cat([edm.heun(teacher, a, b, steps) for a, b in chunks], lead)
+    return torch.cat([edm.heun(teacher, a, b, steps, **churn) for a, b in chunks], lead)
 
 
-def solve(folder: Path, purpose: str, number: int, given: Given, steps: int, ranks: Ranks) -> dict:
+def solve(folder: Path, purpose: str, number: int, given: Given, steps: int, ranks: Ranks, churn: dict = {}) -> dict:
     """N samples of the teacher with their latents, {"z", "y": [1, N, *shape], "label": [1, N]}, made once.
 
     Only y is kept, in files of facts.chunk samples (images as float16), which the ranks share out."""
@@ -181,10 +182,11 @@ def solve(folder: Path, purpose: str, number: int, given: Given, steps: int, ran
     parts = list(zip(z.split(facts.chunk, 1), label.split(facts.chunk, 1)))
     with run.alone([folder], ranks):
         asked = {"pairs" if purpose == "pairs" else "eval_samples": number}
-        run.check_config(folder, {**given.lineage, "sampler_steps": steps, **asked})
+        run.check_config(folder, {**given.lineage, "sampler_steps": steps, **asked, **churn})
         todo = [i for i in ranks.share(len(parts)) if not run.shard(folder, purpose, i).exists()]
         for i in run.bar(todo, f"sampling ({purpose})", len(todo), ranks.rank > 0):
-            y = make_pairs(given.mu_teacher, *(v.to(ranks.device) for v in parts[i]), steps)[0].cpu()
+            g = dict(churn, generator=generator(given.seed, purpose, i, device=ranks.device)) if churn else {}
+            y = make_pairs(given.mu_teacher, *(v.to(ranks.device) for v in parts[i]), steps, **g)[0].cpu()
             run.save_tensors(run.shard(folder, purpose, i), {"y": y if facts.stacked else y.half()})
         ranks.wait()
     y = run.load_shards(folder, purpose, len(parts))
@@ -205,17 +207,20 @@ def _references(flags, given: Given, ranks: Ranks) -> dict:
     """Statistics of the teacher's samples and the data; floors: two draws of one."""
     facts, judge, number, steps = given.facts, given.judge, flags.run.eval_samples, flags.teacher.sampler_steps
     folder = Path(flags.run.out) / f"seed{given.seed}" / "reference"
+    churn = vars(flags.churn) if flags.churn.S_churn else {}
 
     def drawn(purpose: str) -> tuple[Tensor, Tensor]:
-        made = solve(folder, purpose, number, given, steps, ranks)
+        made = solve(folder, purpose, number, given, steps, ranks, churn)
         return made["y"][0], made["label"][0]
     truth = judge.truth(given.seed, number)
     if facts.stacked:
         select, report = (judge.statistics(*drawn(purpose)) for purpose in ("select", "report"))
         return truth | {"select": select, "report": report, "floor": judge.distance(select, report)}
     y, label = drawn("report")
-    out = truth | {"select": truth["real"], "report": judge.statistics(y, label)}  # chosen by the data [MSD App. E]
-    if given.pairs:  # two draws of equal size: the distance depends on it
+    out = truth | {"select": truth["real_select"]}  # by the data [MSD App. E]
+    if ranks.rank == 0:  # who reports
+        out["report"] = judge.statistics(y, label)
+    if ranks.rank == 0 and given.pairs:  # two draws of equal size: the distance depends on it
         n = min(flags.dm.pairs, number)
         a, b = (judge.statistics(v[:n], label[:n]) for v in (given.pairs["y"][0].cpu(), y))
         out["floor"] = judge.distance(a, b)

@@ -92,9 +92,11 @@ def test_loss_of_the_exact_map_falls_with_heuns_order():
 
 
 def test_heun_steps_make_the_sampler():
-    """`bound` is edm.heun's state before its last step, to 0, which is the denoiser's answer."""
+    """From level to level, to sigma_min: edm.heun's state before its last step, to 0, which is the denoiser's answer."""
     z, label = torch.randn(1, 64, 2, dtype=torch.float64), data.stratified(64, 8)[None]
-    x = consistency.bound(toy_mog.denoiser, z, label, 20)
+    x, grid = edm.SIGMA_MAX * z, edm.sigma_bins(20).flip(0)
+    for t, t_next in zip(grid, grid[1:]):
+        x = consistency.heun_step(toy_mog.denoiser, x, t.expand(label.shape), t_next.expand(label.shape), label)
     end = toy_mog.denoiser(x, torch.full(label.shape, edm.SIGMA_MIN, dtype=torch.float64), label)
     torch.testing.assert_close(end, edm.heun(toy_mog.denoiser, z, label, 20), atol=1e-9, rtol=1e-9)
 
@@ -163,7 +165,7 @@ def test_the_target_is_a_slow_average_of_f(tmp_path):
 
 
 def test_one_student_is_consistency_py(tmp_path, run, monkeypatch):
-    """msd.py --method cd; its students answer through `generate` with their own scalings; the bound is reported."""
+    """msd.py --method cd; its students answer through `generate` with their own scalings."""
     for name in ("a", "b"):
         shutil.copytree(run, tmp_path / name)
     assert msd.main([*SMOKE, "--students", "1", "3", "--method", "cd", "--out", str(tmp_path / "a")]) == 0
@@ -177,8 +179,7 @@ def test_one_student_is_consistency_py(tmp_path, run, monkeypatch):
     assert students.stack.sigma_min == edm.SIGMA_MIN
     x = msd.generate(students, torch.arange(8), range(8))
     assert x.shape == (8, 2) and torch.isfinite(x).all()
-    results = load_json(tmp_path / "a/results-cd.json")
-    assert results["bound"]["points"] == 8 and 0 <= results["bound"]["l1"] <= 1 and list(results["stages"]) == ["cd"]
+    assert list(load_json(tmp_path / "a/results-cd.json")["stages"]) == ["cd"]
 
 
 @pytest.mark.slow

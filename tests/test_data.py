@@ -225,3 +225,12 @@ def test_resolutions():
     for name, resolution in (("fashion-mnist", 64), ("imagenet64", 48), ("toy", 16), ("cifar10", 4)):
         with pytest.raises(UserError, match="--resolution"):
             data.facts(name, resolution)
+
+
+def test_reported_and_selected_images_are_others():
+    """Of the training images where there are no test images: 10, or at most half."""
+    x, label = torch.arange(40).reshape(40, 1, 1, 1).to(torch.uint8), torch.arange(40) % 2
+    for number, wanted in ((10, 10), (99, 20)):
+        (a, _), (b, of_b) = data.Images(x, label).truth(0, number)
+        assert len(b) == wanted and sorted([*a.flatten().tolist(), *b.flatten().tolist()]) == [*range(40)]
+        assert torch.equal(of_b, b.flatten().long() % 2)

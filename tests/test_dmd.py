@@ -108,6 +108,9 @@ def oracle(x, sigma, label):
     return 0.5 / (sigma ** 2 + 0.25).sqrt()[..., None] * x
 
 
+oracle.sigma_in = 80.0
+
+
 @pytest.mark.parametrize("times, zero", [(0, False), (1, True), (2, False)])
 def test_regression_is_zero_only_if_z_is_scaled_exactly_once(times, zero):
     D = lambda x, sigma, label: x * (0.25 / (0.25 + sigma ** 2))[..., None]
@@ -139,10 +142,13 @@ def test_the_loop_scales_z_of_the_pairs_exactly_once(tmp_path):
 
 def test_one_step_is_one_evaluation_at_sigma_max():
     seen = []
-    G = lambda x, sigma, label: seen.append((x, sigma)) or x
-    dmd.one_step(G, torch.ones(2, 3, 2), torch.zeros(2, 3, dtype=torch.int64))
-    (x, sigma), = seen
-    assert (x == 80).all() and sigma.shape == (2, 3) and (sigma == 80).all()
+    G = edm.Precond(lambda x, c_noise, label, features: seen.append(c_noise) or x)
+    for level in (80, 5.0):  # --conditioning-sigma
+        G.sigma_in = level
+        x = dmd.one_step(G, torch.ones(2, 3, 2), torch.zeros(2, 3, dtype=torch.int64))
+        torch.testing.assert_close(seen.pop(), torch.full((2, 3), level).log() / 4)
+        c_skip, c_out, c_in, _ = G.coefficients(torch.tensor(float(level)))
+        torch.testing.assert_close(x, ((c_skip + c_out * c_in) * level).expand(2, 3, 2))
 
 
 def best_slope(loss, s: float, level: float) -> float:
@@ -254,6 +260,7 @@ def test_selection_is_the_judges_distance_over_the_students_own_classes():
     """A generator that is perfect on classes 0 to 3 alone: the one student is near the floor, the other far away."""
     def G(x, sigma, label):
         return torch.where((label < 4)[..., None], toy_mog.sample(label, common.generator("G")), 9.0)
+    G.sigma_in = 80.0
     near, far = task_of(dmd, HALVES, options("--select-samples 4000")).select(G).tolist()
     assert near < 0.5 and far == pytest.approx(1)
 

@@ -10,6 +10,7 @@ import torch
 import common
 import data
 import evaluate
+import fid
 import run
 import toy_mog
 from conftest import refused
@@ -76,13 +77,14 @@ def test_features_by_class_are_the_distance_of_the_parts():
     """Shifting class c by c in 4 dimensions: a squared distance of 4 c^2."""
     g = torch.Generator().manual_seed(0)
     f, label = torch.randn(300, 4, generator=g), torch.arange(300) % 3
-    a, b = evaluate.Features(f, label), evaluate.Features(f + label[:, None], label)
+    a, b = evaluate.Features([f[:100], f[100:]], label), evaluate.Features([f + label[:, None]], label)
     assert abs(a.distance(b, [0])) < 1e-9 and a.distance(b, [2]) == pytest.approx(16, abs=1e-6) and a.distance(b) > 1
+    assert torch.equal(a.some(4), f[[0, 99, 199, 299]]) and torch.equal(a.some(999), f)
     with pytest.raises(evaluate.UserError, match="fewer than 2 images"):
         a.distance(b, [7])
 
 
-def test_the_judge_of_images_is_made_once(tmp_path, capsys):
+def test_the_judge_of_images_is_made_once(tmp_path, capsys, monkeypatch):
     """A classifier and the data's features, of classes that differ in brightness; kept in OUT/data, then read."""
     label = torch.arange(200) % 10
     x = torch.randint(0, 20, (200, 1, 16, 16), generator=torch.Generator().manual_seed(0))
@@ -92,14 +94,18 @@ def test_the_judge_of_images_is_made_once(tmp_path, capsys):
     judge = evaluate.judge(flags, lambda: source, common.Ranks())
     first = judge.truth(0, 100)
     kept = sorted((tmp_path / "data").glob("*.pt"))
-    assert [p.name.split("-")[0] for p in kept] == ["classifier", "features"]
-    assert capsys.readouterr().out.count("made once") == 2
-    again = evaluate.judge(flags, lambda: pytest.fail("the data were read again"), common.Ranks())
+    assert [p.name.split("-")[0] for p in kept] == ["classifier", "features", "features"]
+    assert capsys.readouterr().out.count("made once") == 1
+    monkeypatch.setattr(fid.Classifier, "features", lambda *_: pytest.fail("features were made again"))
+    again = evaluate.judge(flags, lambda: source, common.Ranks())
     second = again.truth(0, 100)
-    assert capsys.readouterr().out == "" and torch.equal(first["real"].features, second["real"].features)
-    assert judge.title == "FD (our classifier)" and first["real"] is first["real_select"]
+    monkeypatch.undo()
+    assert capsys.readouterr().out == "" and torch.equal(*(v["real"].some(200) for v in (first, second)))
+    assert judge.title == "FD (our classifier)" and [len(first[k].label) for k in ("real", "real_select")] == [100, 100]
+    x, label = source.truth(0, 100)[0]
     mine = again.statistics(x.float() / 127.5 - 1, label)  # floats are judged as the images that are saved
     assert abs(again.distance(mine, first["real"])) < 1e-6 and 0 <= again.check(x, label)["right class"] <= 1
+    assert again.spread(mine, first["real"]) == {"precision": 1.0, "recall": 1.0}
 
 
 # ---------------------------------------------------- a sampler's row
@@ -218,11 +224,10 @@ def test_merged_keeps_what_belongs_together_and_sets_aside_what_does_not(tmp_pat
 
 
 def test_the_table_shows_every_row_and_no_empty_column(tmp_path):
-    made = results({"dm": {1: [full(0.5)], 8: [full(0.3)]}, "adm": {8: [full(0.1)]}}, tmp_path, (0,),
-                   bound={"l1": 0.0625, "l1_data": 0.03, "points": 64})
+    made = results({"dm": {1: [full(0.5)], 8: [full(0.3)]}, "adm": {8: [full(0.1)]}}, tmp_path, (0,))
     lines = evaluate.table(made).splitlines()
     assert [" ".join(line.split()[:3]) for line in lines[1:-1]] == [
-        "teacher, 15 evaluations", "64-point Heun 0.0625", "1 student, dm", "8 students, dm", "8 students, adm"]
+        "teacher, 15 evaluations", "1 student, dm", "8 students, dm", "8 students, adm"]
     assert lines[0].split() == ["l1", "l1_data", "within", "modes", "mode_min", "mode_max", "seconds",
                                 "teraflops"]
     assert len({len(line) for line in lines[:-1]}) == 1
@@ -285,7 +290,7 @@ def test_comparison_is_a_line_of_the_seeds():
 @pytest.mark.parametrize("stages, more, questions", [
     ({"dm": [1, 8]}, {}, ["K = 8 below K = 1, to the teacher?"]),
     ({"dm": [8]}, {}, []),
-    ({"cd": [1, 2]}, {"bound": {"l1": 0.04, "points": 64}}, ["K = 2 below K = 1, to the teacher?"]),
+    ({"cd": [1, 2]}, {}, ["K = 2 below K = 1, to the teacher?"]),
     ({"dm": [8], "adm": [8]}, {}, ["K = 8, to the data, below the teacher?"]),
     ({"post": [2, 10]}, {},
      ["K = 10 below K = 2, to the data?", "K = 10 below K = 2, to the teacher?",

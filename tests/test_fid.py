@@ -131,6 +131,22 @@ def test_classifier_file(classifier, tmp_path):
     assert torch.equal(back.features(pictures(5)[0]), classifier.features(pictures(5)[0]))
 
 
+def test_precision_and_recall_of_known_clouds():
+    """Two far clusters: half of them all the same; samples beyond them; a grid whose balls are known."""
+    g = torch.Generator().manual_seed(0)
+    left, right = torch.randn(200, 5, generator=g), torch.randn(200, 5, generator=g) + 99
+    both = torch.cat([left, right])
+    assert fid.precision_recall(both, both) == (1, 1)
+    precision, recall = fid.precision_recall(both, torch.randn(200, 5, generator=g))
+    assert precision > 0.8 and 0.4 < recall <= 0.5  # a mode is lost: recall alone falls
+    precision, recall = fid.precision_recall(left, torch.cat([torch.randn(200, 5, generator=g), right]))
+    assert 0.4 < precision <= 0.5 and recall > 0.8  # half of them is no data: precision alone falls
+    line = torch.arange(10.0)[:, None]  # radii by k = 1: 1
+    assert fid.precision_recall(line, torch.tensor([[-0.9], [-1.1], [4.5], [10.1]]), k=1) == (0.5, 1)
+    with pytest.raises(ValueError, match="3 points: no 3-th neighbour"):
+        fid.precision_recall(line, line[:3])
+
+
 class FakeInception(torch.nn.Module):
     """2048 numbers of each image: its first 12 x 12 x 3 corner and powers of it. Asks for uint8 and three channels."""
 

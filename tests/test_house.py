@@ -11,7 +11,7 @@ import o2mkd
 import teacher
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = ("flags common run toy_mog unet images fid snapshot data edm dmd tsm post adm consistency "
+ORDER = ("flags common run toy_mog unet songunet images fid snapshot data edm dmd tsm post adm consistency "
          "students plot evaluate teacher msd o2mkd reproduce sample").split()
 TEXTS = {p.stem: p.read_text() for p in sorted(ROOT.glob("*.py"))}
 TREES = {name: ast.parse(text) for name, text in TEXTS.items()}

@@ -75,10 +75,10 @@ def test_pairs_are_the_teachers_ode_from_the_latents_that_the_index_gives(image_
 
 
 def test_selection_is_by_the_students_own_classes_of_the_data(image_run, tiny):
-    """[MSD App. E]: the last logged distance is that of ema.pt on Y_k against the training images of Y_k."""
+    """[MSD App. E]: the last logged distance is that of ema.pt on Y_k against the test images of Y_k."""
     flags, ranks, given = parse(msd.Flags, msd.PRESETS, argv(tiny, image_run)), common.Ranks(), given_of(image_run)
     given.judge = evaluate.judge(flags.run, lambda: data.source(flags.run), ranks)
-    given.references = {"select": given.judge.truth(0, 0)["real"]}
+    given.references = {"select": given.judge.truth(0, 0)["real_select"]}
     select = students.Selection("select", [common.Student(0, 3, 1, (4, 5, 6))], {0: given}, 40, ranks)
     distance = select(students.load_students(image_run / "seed0/students3", "ema.pt")[1])
     steps, values = read_metrics(image_run / "seed0/students3/dm")["fd"]["student1"]
@@ -212,7 +212,7 @@ def test_imagenet_dry_run_needs_neither_data_nor_weights(capsys, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     assert msd.main(["--dataset", "imagenet64", "--students", "64", "--dry-run"]) == 0
     text = capsys.readouterr().out
-    assert all(words in text for words in ("295,899,267", "GiB", "K = 64", "10,000 times 511 evaluations"))
+    assert all(words in text for words in ("295,899,267", "GiB", "K = 64", "5,110,000  10,000 pairs, 511 each", "25,550,000  50,000 samples to compare with", "80 GB: 64"))
     for row in ("lr 2e-06", "steps 200000", "clip-norm 10.0", "reg-weight 0.25", "distance lpips", "sampler-steps 256",
                 "pairs 10000", "beta2 0.999", "bins 20 980"):
         assert re.search(rf"--{row.replace(' ', ' +', 1)} +preset", text), row

@@ -23,7 +23,7 @@ from conftest import ROOT, refused, same
 from flags import UserError
 from plot import draw
 from run import load_json, load_shards, load_tensors, save_json
-from students import Students, random_start, whole
+from students import Students, load_students, random_start, whole
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 SMOKE = ["--preset", "smoke"]
@@ -67,6 +67,7 @@ def test_route_gives_each_sample_to_its_own_student():
     def G(x, sigma, block_label):
         calls.append(x.shape[0])
         return x / 80 + torch.arange(3.0)[:, None, None]
+    G.sigma_in = 80
     students, router = Students(data.facts("toy"), parts, G, [], 0.0, 0.0), msd.Router(parts)
     torch.testing.assert_close(msd.route(students, router, z, label), z + router(label)[:, None])
     assert msd.route(students, router, z[:1], label[:1]).shape == (1, 2) and calls == [3, 3]
@@ -244,6 +245,28 @@ def test_exact_teacher(tmp_path):
     a = np.load(tmp_path / "s.npz")
     expected = edm.heun(toy_mog.denoiser, common.latents(range(10), (2,)), torch.tensor(a["label"]), 8)
     torch.testing.assert_close(torch.tensor(a["teacher"]), expected)
+
+
+def test_churn_is_of_the_samples_to_compare_with(run, tmp_path, capsys):
+    """[EDM Alg. 2] by --S_churn: other references, the same pairs; a run folder holds one kind."""
+    more = ["--S_churn", "20", "--S_noise", "1.003", "--out", str(tmp_path / "a")]
+    assert msd.main([*SMOKE, "--students", "2", "--stages", "teacher", *more]) == 0
+    shutil.copytree(tmp_path / "a/seed0/teacher", tmp_path / "b/seed0/teacher")
+    assert msd.main([*SMOKE, "--students", "2", *more]) == msd.main([*SMOKE, "--students", "2", *more[:-1], str(tmp_path / "b"),
+                                                                     "--S_churn", "0"]) == 0
+    for name, alike in (("pairs/64", True), ("reference", False)):
+        one, other = (load_tensors(min((tmp_path / at / "seed0" / name).glob("*-0000.pt")))["y"] for at in "ab")
+        assert torch.equal(one, other) == alike
+    assert "S_churn (20.0 there, None now)" in refused(capsys, msd.main, [*SMOKE, "--students", "2", "--out", str(tmp_path / "a")])
+
+
+def test_conditioning_sigma_is_kept_with_the_weights(tmp_path, capsys):
+    """[MSD App. D.4]: G generates at this level, in training and afterwards; ADM goes on at it."""
+    line = [*SMOKE, "--students", "2", "--stages", "dm,adm", "--conditioning-sigma", "5", "--out", str(tmp_path)]
+    assert msd.main(line) == 0
+    for stage in ("dm", "adm"):
+        assert load_students(tmp_path / "seed0/students2" / stage).stack.sigma_in == 5
+    assert "conditioning_sigma (5.0 there, 80.0 now)" in refused(capsys, msd.main, [*line[:-4], *line[-2:]])
 
 
 def test_f_decides_what_a_student_is_asked_for(tmp_path, monkeypatch):

@@ -356,7 +356,7 @@ OTHERS = [
     (change("", kind="SongUNet"), "norm2 is too much"),
     (change("", kind="Dhariwal"), "network is Dhariwal; only DhariwalUNet or SongUNet can be loaded"),
     (lambda data, net: vars(data["ema"]).update(kind="Precond"), "EDM2's preconditioning is Precond; only EDMPrecond"),
-    (lambda data, net: data.pop("ema"), "it holds loss_fn, augment_pipe, dataset_kwargs; StyleGAN's"),
+    (lambda data, net: data.pop("ema"), "it holds loss_fn, augment_pipe, dataset_kwargs: StyleGAN's"),
     (change("", kind=["DhariwalUNet"]), "network is list"),
     (lambda data, net: vars(data["ema"]).update(kind="iDDPMPrecond\n" * 99), "preconditioning is iDDPMPrecond"),
     (lambda data, net: vars(data["ema"]).update(_modules={"model": torch.zeros(1)}), "AttributeError: "),

@@ -101,7 +101,7 @@ def unconditional(tmp_path, monkeypatch):
     monkeypatch.setattr(fid.Inception, "dimension", 48)
     torch.jit.script(Corner()).save(str(tmp_path / "inception.pt"))
     rng = np.random.default_rng(0)
-    for i in range(6):
+    for i in range(12):
         save(tmp_path / f"in/{i}.png", rng.integers(0, 255, (8, 8, 3), np.uint8))
     return ["--dataset", "cifar10-uncond", "--preset", "smoke", "--data", str(tmp_path / "in"), "--distance", "l2", "--teacher",
             str(ROOT / "tests/data/uncond-ve.pkl"), "--features", str(tmp_path / "inception.pt"), "--out", str(tmp_path / "out")]
