@@ -412,6 +412,8 @@ def plan(flags: Flags) -> int:
     print(f"a student's rank holds {memory(flags) / 2 ** 30:.2f} GiB in float32, without activations")
     if not facts.stacked:
         print(room(flags))
+    if flags.teacher.which not in ("train", "exact") and not Path(flags.teacher.which).is_file():
+        print(f"{flags.teacher.which} is not here: counted as size {flags.teacher.size or facts.sizes[0]}")
     rows = bill(flags)
     print(f"the bill, in evaluations of the teacher, {t:,} parameters:")
     for what, number in [*rows, ("in all", sum(number for _, number in rows))]:
