@@ -5,13 +5,14 @@ teacher and students start from the same latents. Not here: speed (tests/benchma
 
 Run      python sample.py --run runs/toy --students 8 --classes 0 3 --seeds 0-63
          writes samples.npz (teacher and students: x [N, 2]; label, seed [N]) and samples.png
-Images   python sample.py --run runs/fashion-mnist --students 5 --seeds 0-99 --folders
+Images   python sample.py --run docs/data/fashion --seeds 0-99 --folders
          writes samples-teacher.npz, samples-students.npz as the ADM evaluator and fid.py read them (arr_0 uint8
          [N, H, W, C], arr_1 labels), a grid samples.png, and folders of PNG files
 By noise level   python sample.py --run runs/toy --students 4 --o2mkd --steps 20 --sampler ddim
 """
 import functools
 import itertools
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,7 @@ class Flags:
     prefix = ""
     churn: edm.Churn
     run: str = flag("runs/toy", "the run folder (its first seed), or a seed's")
-    students: int = flag(8, "their number K")
+    students: int = flag(0, "their number K; none = the most there are", low=0)
     tag: str = flag("", "their tag")
     of: str = flag("both", "whom to sample (a teacher from a file is not in the run folder)",
                    choices=("both", "teacher", "students"))
@@ -85,7 +86,9 @@ def main(argv=None):
     configs = [*home.glob("reference/config.json"), *home.glob("teacher/config.json")]
     about = run.load_json(configs[0], "dataset") if configs else {}
     steps = flags.steps or about.get("sampler_steps", 40)
-    folder = home / f"{'o2mkd' if flags.o2mkd else 'students'}{flags.students}{run.suffix(flags.tag)}"
+    kind, end = "o2mkd" if flags.o2mkd else "students", run.suffix(flags.tag)
+    named = [re.fullmatch(rf"{kind}(\d+){re.escape(end)}", p.name) for p in home.glob(f"{kind}*")]
+    folder = home / f"{kind}{flags.students or max((int(m[1]) for m in named if m), default=8)}{end}"
     denoisers, one_step = {}, None
     if flags.of != "students":
         given = teacher_of(home, about, device)

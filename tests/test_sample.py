@@ -39,7 +39,7 @@ def home(tmp_path_factory):
 
 def drawn(home, tmp_path, line: str) -> dict:
     """What sample.py writes."""
-    sample.main(["--run", str(home.parent), "--students", "2", "--out", str(tmp_path / "s"), *line.split()])
+    sample.main(["--run", str(home.parent), "--out", str(tmp_path / "s"), *line.split()])
     return {name: torch.tensor(value) for name, value in np.load(tmp_path / "s.npz").items()}
 
 
