@@ -274,7 +274,10 @@ def section(claim: Claim, jobs: dict[str, Job], figures: Path) -> tuple[str, lis
 def write(jobs: dict[str, Job], f: Flags) -> None:
     """RESULTS.md, docs/claims (figures) and docs/data/RESULTS.json (every seed), of all that is there."""
     home, kept = Path(f.out), load_json(DOCS / "data/RESULTS.json")
-    jobs = {name: j._replace(rows=kept.get(f"{name}: {RUNS[name]}", {}) | j.rows) for name, j in jobs.items()}
+    for name, j in jobs.items():
+        old = kept.get(f"{name}: {RUNS[name]}", {})
+        rows = {stage: old.get(stage, {}) | j.rows.get(stage, {}) for stage in old | j.rows}
+        jobs[name] = j._replace(rows=rows)
     lines, bodies = zip(*(section(c, jobs, home / "docs/claims") for c in CLAIMS.values()))
     lines = [f"# Results\n\nWritten by `python reproduce.py`.{HEAD}", *lines]
     text = "\n".join(sum(bodies, lines)) + "\n"
