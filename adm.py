@@ -167,7 +167,7 @@ def passes(flags) -> tuple[int, int]:
     f, dm, gan = flags.adm, flags.dm, flags.adm.gan_weight > 0
     turns = f.ttur * f.steps + dm.fake_warmup
     of_G = dm.draws * (edm.guided(flags) + 1) + 2 * gan
-    return f.steps * of_G + turns * (3 + 6 * gan), 3 * f.steps + turns - f.steps
+    return f.steps * of_G + turns * (3 + 6 * gan), 2 * f.steps + turns  # the first turn has its samples
 
 
 def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:

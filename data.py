@@ -165,14 +165,14 @@ class Images:
             x = torch.where(mirrored, x.flip(-1), x)
         return x, label.to(draws.device)
 
-    def truth(self, seed: int, number: int) -> list[Pair]:
-        """Two sets without a common image, to report and to select by: the training and the test images, or, without
-        test images, all others and `number` of the training images (at most half)."""
+    def truth(self, seed: int, number: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(x, label, which rows) of two sets without a common image, to report and to select by: the training and the
+        test images, or, without test images, all others and `number` of the training images (at most half)."""
         if self.test is not None:
-            return [(self.x, self.label), self.test]
+            return [(x, label, torch.arange(len(x))) for x, label in ((self.x, self.label), self.test)]
         order, half = torch.randperm(len(self.x), generator=generator("truth")), len(self.x) // 2
-        parts = order[min(number, half):].sort().values, order[:min(number, half)].sort().values
-        return [(self.x[part], self.label[part]) for part in parts]
+        parts = order[min(number, half):], order[:min(number, half)]
+        return [(self.x, self.label, part.sort().values) for part in parts]
 
     def fingerprint(self) -> str:
         """Of the labels and of some images."""

@@ -157,7 +157,7 @@ def dm_loss(x: Tensor, grad: Tensor) -> Tensor:
 
 
 def regression_loss(x: Tensor, y: Tensor, distance="l2") -> Tensor:
-    """l(G(z), y), per sample [...] [MSD Eq. 9]; x = G(sigma_max z), y the teacher's sample from the same z.
+    """l(G(z), y), per sample [...] [MSD Eq. 9]; x = G(sigma z) (one_step), y the teacher's sample from the same z.
 
     l2: root mean square; mse: mean square; or a function such as `lpips_distance` returns."""
     if callable(distance):
@@ -166,6 +166,9 @@ def regression_loss(x: Tensor, y: Tensor, distance="l2") -> Tensor:
         gap = (x - y).flatten(-3) if x.ndim > 3 else x - y
         return torch.linalg.vector_norm(gap, dim=-1) / math.sqrt(gap.shape[-1])
     return edm.per_sample((x - y) ** 2)
+
+
+LPIPS_BYTES, LPIPS_MULTIPLY_ADDS = 117 << 20, 46e9  # of a sample: kept for the pass back; of y once, of x both ways
 
 
 def lpips_distance(device, random_weights: bool = False):
@@ -223,8 +226,8 @@ def passes(flags) -> tuple[int, int]:
     """See edm.passes."""
     f, updates = flags.dm, [schedule(flags.dm, step) for step in range(flags.dm.steps)]
     kl, turns = sum(u[0] for u in updates), sum(u[3] for u in updates)
-    fresh = turns - sum(u[0] and u[3] > 0 for u in updates)
-    return kl * f.draws * (edm.guided(flags) + 1) + 3 * turns, 3 * kl + 3 * f.steps * (f.reg_weight > 0) + fresh
+    drawn = turns - sum(u[0] and u[3] > 0 for u in updates)  # the first turn has its samples
+    return kl * f.draws * (edm.guided(flags) + 1) + 3 * turns, 3 * kl + 3 * f.steps * (f.reg_weight > 0) + drawn
 
 
 def first_kl_step(f: Flags) -> int:

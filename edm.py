@@ -82,7 +82,7 @@ PRESETS = {
     ("cifar10", "default"): dict(LAW, steps=390_000, batch=512, lr=1e-3, decay="constant", ema=0.9993,
                                  sampler_steps=18),
     ("cifar10", "smoke"): dict(size="XXS", steps=4, batch=4, sampler_steps=2),
-    ("ffhq64", "default"): dict(sampler_steps=40), ("afhqv2-64", "default"): dict(sampler_steps=40),  # [EDM Table 7]
+    ("ffhq64", "default"): dict(sampler_steps=40), ("afhqv2-64", "default"): dict(sampler_steps=40),  # [EDM Table 2]
     # [MSD App. D.2.1]: NVIDIA's teacher, 256 Heun steps. Trained here, it would be EDM's run: batch 4096, 1e-4
     ("imagenet64", "default"): dict(LAW, which="edm-imagenet-64x64-cond-adm.pkl", steps=610_000, batch=4096, lr=1e-4,
                                     decay="constant", ema=0.99994, sampler_steps=256),
@@ -255,8 +255,8 @@ def length(flags) -> tuple[int, int]:
 
 
 def passes(flags) -> tuple[int, int]:
-    """Of all updates of this stage, for one network and a sample of its batch: over networks of the teacher's size and
-    of the student's. A backward pass counts as two."""
+    """(a, b): forward passes of networks of the teacher's size and of the student's, over the whole stage, for one
+    student and one sample of its batch. A backward pass counts as two."""
     return 3 * flags.teacher.steps, 0
 
 

@@ -77,8 +77,9 @@ class Features:
         return self.known[key]
 
     def some(self, number: int) -> Tensor:
-        """Features [number or all, d] of evenly spaced images."""
-        pick = torch.linspace(0, len(self.label) - 1, min(number, len(self.label))).long().unique()
+        """Features [number or all, d] of images drawn at random."""
+        order = torch.randperm(len(self.label), generator=common.generator("some"))
+        pick = order[:number].sort().values
         first, out = 0, []
         for piece in self.pieces:
             out.append(piece[pick[(pick >= first) & (pick < first + len(piece))] - first])
@@ -109,14 +110,14 @@ def judge(run_flags: run.Flags, source: Callable, ranks: common.Ranks) -> Judge:
     def train(path: Path):
         fid.save_classifier(path, fid.train_classifier(source().x, source().label, facts.classes, device=device))
 
-    def extracted(name: str, x: Tensor, label: Tensor) -> Features:  # shared out, never held
-        folder, parts = Path(run_flags.out) / "data", x.split(16_384)
+    def extracted(name: str, x: Tensor, label: Tensor, rows: Tensor) -> Features:  # shared out, never held
+        folder, parts = Path(run_flags.out) / "data", rows.split(16_384)
         files = [run.shard(folder, f"features-{name}", i) for i in range(len(parts))]
         todo = [i for i in ranks.share(len(parts)) if not files[i].exists()]
         for i in run.bar(todo, "features of the data", len(todo), ranks.rank > 0):
-            run.save_tensors(files[i], {"y": net.features(parts[i])})
+            run.save_tensors(files[i], {"y": net.features(x[parts[i]])})
         ranks.wait()
-        return Features([run.load_tensors(file, "y", mmap=True)["y"] for file in files], label)
+        return Features([run.load_tensors(file, "y", mmap=True)["y"] for file in files], label[rows])
 
     def statistics(x: Tensor, label: Tensor) -> Features:  # judged as the image that is saved
         return Features([net.features(images.to_uint8(x).cpu())], label)
@@ -136,7 +137,7 @@ def judge(run_flags: run.Flags, source: Callable, ranks: common.Ranks) -> Judge:
     @functools.cache
     def real() -> dict:
         weights = common.fingerprint(net.net if run_flags.features else net)
-        report, select = (extracted(f"{weights}-{name}-{len(pair[0])}", *pair) for name, pair in
+        report, select = (extracted(f"{weights}-{name}-{len(of[2])}", *of) for name, of in
                           zip(("report", "select"), source().truth(0, run_flags.eval_samples)))
         return {"real": report, "real_select": select, "floor_data": report.distance(select)}
     if run_flags.features:

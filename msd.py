@@ -14,6 +14,7 @@ GPUs     torchrun --nproc-per-node 8 msd.py --dataset imagenet64 --students 4
 """
 import functools
 import itertools
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ import post
 import run
 import teacher
 import tsm
+import unet
 from common import Student, generator
 from flags import UserError, check, command, describe, flag, parse, settings, values
 from images import to_uint8
@@ -93,7 +95,7 @@ CONFLICTS = [  # (is it so?, what to say), for flags.check
     (lambda f: f.method == "cd" and "cd" not in f.order(), "--method cd: needs --stages cd or tsm,cd"),
     (lambda f: f.student >= (0 if facts_of(f).stacked else max(f.students)),
      "--student {f.student}: from 0 to K - 1; not on the toy, whose students train as one stack"),
-    (lambda f: f.student_size not in ("", f.teacher.size or facts_of(f).sizes[0]) and
+    (lambda f: f.student_size not in ("", sizes_of(f)[0] or facts_of(f).sizes[0]) and
                (f.init == "teacher" or not f.init and f.order()[0] in ("dm", "cd")),
      "--student-size {f.student_size}: the teacher's weights do not fit; begin with tsm"),
     (lambda f: f.init and f.order()[0] == "tsm", "--init {f.init}: TSM starts from random weights"),
@@ -102,6 +104,8 @@ CONFLICTS = [  # (is it so?, what to say), for flags.check
      "--dm-weight 0, without --reg-weight or --gan-weight: nothing is left to train on"),
     (lambda f: "dm" in f.order() and f.dm.dm_weight > 0 and dmd.first_kl_step(f.dm) >= f.dm.steps,
      "--reg-warmup: not below --steps: no KL term"),
+    (lambda f: "cd" in f.order() and f.dm.conditioning_sigma != edm.SIGMA_MAX,
+     "--conditioning-sigma {f.dm.conditioning_sigma}: CD begins at the highest level"),
     (lambda f: f.dm.anneal > f.dm.bins.high, "--anneal {f.dm.anneal}: above the highest of --bins"),
     (lambda f: facts_of(f).classes == 1 and f.partition != "consecutive",
      "--partition {f.partition}: {f.run.dataset} has one class, and so one student"),
@@ -346,15 +350,17 @@ def sizes_of(flags: Flags) -> tuple:
 
 
 def memory(flags: Flags) -> int:
-    """Bytes that a student's rank holds in float32: averages, gradients, AdamW's moments too; no activations."""
-    t, s = (weights(facts_of(flags), size) for size in sizes_of(flags))
-    return 4 * (t + 6 * s + 4 * t * bool({"dm", "adm"} & {*flags.order()}))
+    """Bytes that a student's rank holds in float32: averages, gradients, AdamW's moments, pairs; no activations."""
+    (t, s), stages = (weights(facts_of(flags), size) for size in sizes_of(flags)), {*flags.order()}
+    pairs = flags.dm.pairs * math.prod(facts_of(flags).shape) if stages & {"dm", "post"} else 0
+    of_t, of_s = 1 + 4 * bool(stages & {"dm", "adm"}) + ("post" in stages), 6 + ("cd" in stages)
+    return 4 * (t * of_t + s * of_s) + 6 * pairs
 
 
 def activations(facts: data.Facts, size) -> int:
-    """Bytes that one sample's pass keeps for the pass back, in bfloat16, as on a GPU."""
+    """Bytes that one sample's pass keeps for the pass back, on a GPU."""
     net, sums = network(facts, size), []
-    net.precision = torch.bfloat16
+    net.precision = torch.bfloat16 if isinstance(net, unet.UNet) else None
     for b in (1, 2):  # what both keep are copies of weights
         kept, x = {}, torch.zeros(1, b, *facts.shape, device="meta")
 
@@ -367,15 +373,23 @@ def activations(facts: data.Facts, size) -> int:
     return sums[1] - sums[0]
 
 
+def with_lpips(flags: Flags) -> list:
+    """The stages that compare by LPIPS."""
+    on = {"dm": flags.dm.reg_weight > 0, "post": True, "cd": True}
+    return [name for name in flags.order() if on.get(name) and flags.dm.distance == "lpips"]
+
+
 def room(flags: Flags) -> str:
-    """Which --micro-batch fits, by the passes that are held at once; estimated, without LPIPS."""
+    """Which --micro-batch fits, by the passes that are held at once: estimated."""
     t, s = (activations(facts_of(flags), size) for size in sizes_of(flags))
     held = {"dm": max(s + s * (flags.dm.reg_weight > 0), t), "adm": max(s + t, 3 * t)}
-    each, lines = max(held.get(name, s) for name in flags.order()), []
+    each = max(held.get(name, s) + dmd.LPIPS_BYTES * (name in with_lpips(flags)) for name in flags.order())
+    batch, left, lines = math.gcd(*(stage.length(flags)[1] for stage, _ in stages_of(flags)), 0), memory(flags), []
     for gigabytes in (8, 16, 24, 80):
-        most = int((0.9 * gigabytes * 2 ** 30 - memory(flags)) / each)
-        lines.append(f"{gigabytes} GB: {1 << most.bit_length() - 1 if most > 0 else 'none'}")
-    return f"--micro-batch, estimated: {', '.join(lines)} ({each / 2 ** 20:.0f} MiB a sample in bfloat16)"
+        most = int((0.9 * gigabytes * 2 ** 30 - left) / each)
+        fits = [n for n in range(1, most + 1) if batch % n == 0]
+        lines.append(f"{gigabytes} GB: {max(fits, default='none')}")
+    return f"--micro-batch, estimated: {', '.join(lines)} ({each / 2 ** 20:.0f} MiB a sample)"
 
 
 def bill(flags: Flags) -> list[tuple[str, float]]:
@@ -385,15 +399,20 @@ def bill(flags: Flags) -> list[tuple[str, float]]:
     ratio, each = s / t, edm.evaluations(flags.teacher.sampler_steps) * edm.guided(flags)
     drawn = flags.run.eval_samples * (2 if facts.stacked else 1)
     rows = [("the teacher's training", edm.passes(flags)[0] * flags.teacher.batch)] * (flags.teacher.which == "train")
-    rows += [(f"{flags.dm.pairs:,} pairs, {each} each", flags.dm.pairs * each),
-             (f"{drawn:,} samples to compare with", drawn * each)]
+    if stages_of(flags):
+        rows += [(f"{flags.dm.pairs:,} pairs, {each} each", flags.dm.pairs * each),
+                 (f"{drawn:,} samples to compare with", drawn * each)]
     for stage, _ in stages_of(flags):
         (of_t, of_s), (steps, batch) = stage.passes(flags), stage.length(flags)
-        number = 1 if stage is tsm and flags.tsm.common else sum(flags.students)
+        number = len(flags.students) if flags.student >= 0 else sum(flags.students)
+        number = 1 if stage is tsm and flags.tsm.common else number
         rows.append((f"{stage.NAME}, {number} networks", number * batch * (of_t + ratio * of_s)))
+        if stage.NAME in with_lpips(flags):
+            rows.append((f"{stage.NAME}, LPIPS", number * batch * steps * dmd.LPIPS_MULTIPLY_ADDS / t))
         if stage.BY:
-            chosen = -(-steps // flags.dm.eval_every) * number * flags.dm.select_samples
+            chosen = (-(-steps // flags.dm.eval_every) + (stage is adm)) * number * flags.dm.select_samples
             rows.append((f"{stage.NAME}, choosing the best", chosen * ratio))
+        if stage.BY and flags.student < 0:
             rows.append((f"{stage.NAME}, evaluation", 2 * len(flags.students) * flags.run.eval_samples * ratio))
     return [(what, seeds * number) for what, number in rows]
 
@@ -415,7 +434,7 @@ def plan(flags: Flags) -> int:
     if flags.teacher.which not in ("train", "exact") and not Path(flags.teacher.which).is_file():
         print(f"{flags.teacher.which} is not here: counted as size {flags.teacher.size or facts.sizes[0]}")
     rows = bill(flags)
-    print(f"the bill, in evaluations of the teacher, {t:,} parameters:")
+    print(f"the bill, without judging, in evaluations of the teacher, {t:,} parameters:")
     for what, number in [*rows, ("in all", sum(number for _, number in rows))]:
         print(f"  {number:>22,.0f}  {what}")
     return 0

@@ -219,9 +219,7 @@ def _references(flags, given: Given, ranks: Ranks) -> dict:
     y, label = drawn("report")
     out = truth | {"select": truth["real_select"]}  # by the data [MSD App. E]
     if ranks.rank == 0:  # who reports
-        out["report"] = judge.statistics(y, label)
-    if ranks.rank == 0 and given.pairs:  # two draws of equal size: the distance depends on it
-        n = min(flags.dm.pairs, number)
-        a, b = (judge.statistics(v[:n], label[:n]) for v in (given.pairs["y"][0].cpu(), y))
-        out["floor"] = judge.distance(a, b)
+        half = number // 2
+        a, b = (judge.statistics(y[part], label[part]) for part in (slice(half), slice(half, None)))
+        out |= {"report": evaluate.Features([*a.pieces, *b.pieces], label), "floor": judge.distance(a, b)}
     return out

@@ -1,7 +1,7 @@
 """The ADM U-Net as EDM trains it for ImageNet-64: every network of images.
 
 Residual blocks with skip connections, self-attention at low resolutions, noise level and class entering every block as
-a scale and a shift [Dhariwal and Nichol 2021, App. A; EDM Table 7]. Weights and embeddings are float32; on a GPU all
+a scale and a shift [Dhariwal and Nichol 2021, App. A; EDM Table 8]. Weights and embeddings are float32; on a GPU all
 between the first and the last convolution runs in bfloat16 (float16 diverges).
 
 Departures: classes are rows of a table; queries, keys and values lie in three blocks, not interleaved (snapshot.py
@@ -148,7 +148,7 @@ class UNet(nn.Module):
         self.out_norm, self.out_conv = Norm(here), zeroed(Conv(here, channels, 3))
 
     def label_embeddings(self) -> Tensor:
-        """[classes, 4 width], learned: the columns of NVIDIA's map_label [MSD App. B.1]."""
+        """[classes, d], learned: the columns of NVIDIA's map_label [MSD App. B.1]."""
         return self.map_label.weight.detach()
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None, features: bool | str = False):

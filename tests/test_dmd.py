@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import data
@@ -274,3 +275,19 @@ def test_the_flops_of_training_are_counted(tmp_path):
     fresh, turns = 2 + 3 * 1, 3 + 3 * 2  # of the head start, and of the other updates
     by_hand = 8 * (G * (4 * (3 + 3) + fresh) + mu_fake * (4 * 4 + 3 * turns))
     assert run.load_tensors(tmp_path / "state.pt")["flops"] == pytest.approx(by_hand, rel=1e-12)
+
+
+def test_what_lpips_costs():
+    """The constants of --dry-run's bill and memory."""
+    distance, kept = dmd.lpips_distance("cpu", random_weights=True), {}
+
+    def keep(t):
+        kept[t.untyped_storage()._cdata] = t
+        return t
+    x = torch.zeros(1, 3, 32, 32, requires_grad=True)
+    with FlopCounterMode(display=False) as count, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss = distance(x, torch.ones(1, 3, 32, 32))
+        bytes_ = sum(t.untyped_storage().nbytes() for t in kept.values() if t.shape[:1] == (1,) or t.ndim == 0)
+        loss.sum().backward()
+    assert count.get_total_flops() / 2 == pytest.approx(dmd.LPIPS_MULTIPLY_ADDS, rel=0.02)
+    assert bytes_ == pytest.approx(dmd.LPIPS_BYTES, rel=0.1)

@@ -212,7 +212,7 @@ def test_imagenet_dry_run_needs_neither_data_nor_weights(capsys, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     assert msd.main(["--dataset", "imagenet64", "--students", "64", "--dry-run"]) == 0
     text = capsys.readouterr().out
-    assert all(words in text for words in ("295,899,267", "GiB", "K = 64", "5,110,000  10,000 pairs, 511 each", "25,550,000  50,000 samples to compare with", "80 GB: 64"))
+    assert all(words in text for words in ("295,899,267", "GiB", "K = 64", "5,110,000  10,000 pairs, 511 each", "25,550,000  50,000 samples to compare with", "80 GB: 32"))
     for row in ("lr 2e-06", "steps 200000", "clip-norm 10.0", "reg-weight 0.25", "distance lpips", "sampler-steps 256",
                 "pairs 10000", "beta2 0.999", "bins 20 980"):
         assert re.search(rf"--{row.replace(' ', ' +', 1)} +preset", text), row

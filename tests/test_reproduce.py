@@ -144,5 +144,10 @@ def test_a_killed_claim_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reproduce, "DOCS", tmp_path / "docs")  # another folder shows what is kept, figures too
     reproduce.main(["--out", str(tmp_path / "b")])
     assert (tmp_path / "b/RESULTS.md").read_text() == text.replace(str(tmp_path), f"{tmp_path}/b")
+    results = json.loads((tmp_path / "results.json").read_text())
+    del results["stages"]["dm"]["2"]  # as after a run of other K in this folder
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    reproduce.main(["--out", str(tmp_path)])
+    assert (tmp_path / "RESULTS.md").read_text() == text
     monkeypatch.setitem(RUNS, "dm", "1 2 4 8 --preset smoke --seeds 2")  # other seeds
     assert "1 of 2 runs" in printed("--dry-run")
