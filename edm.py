@@ -63,7 +63,7 @@ class Flags:
 
 @dataclass
 class Churn:
-    """The teacher's stochastic sampler [EDM Alg. 2]; for samples to compare with, never for pairs"""
+    """The teacher's stochastic sampler (`heun`); for samples to compare with, never for pairs"""
     prefix = ""
     S_churn: float = flag(0.0, "noise added, over all steps; 0 = the deterministic one", low=0, name="S_churn")
     S_min: float = flag(0.0, "the lowest level with it", low=0, name="S_min")

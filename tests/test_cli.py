@@ -54,7 +54,7 @@ def test_a_folder_made_with_other_flags_is_refused(capsys, run):
 
 @pytest.mark.parametrize("name, content", [
     ("seed0/students3/dm/best.pt", "no checkpoint"), ("seed0/teacher/ema.pt", "no checkpoint"),
-    ("seed0/students3/dm/config.json", "null"), ("results.json", "[1")])
+    ("seed0/students3/dm/config.json", "null")])
 def test_damaged_files_of_a_finished_run(capsys, run, tmp_path, name, content):
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / name).write_text(content)

@@ -245,8 +245,8 @@ A = {"a.png": COLOUR}
     (lambda p: zip_of(p, {"a.txt": "x"}), "no .png or .jpg in it, but {'.txt': 1}")])
 def test_odd_zips(tmp_path, make, words):
     with pytest.raises(UserError, match=words):
-        images._labelled(make(tmp_path / "a.zip"), "train", 1)
-    assert images._labelled(zip_of(tmp_path / "b.zip", A, {"a.png": 0}), "train", 1)[1].tolist() == [0]  # keyed labels
+        images._labelled(make(tmp_path / "a.zip"), "train", 2)
+    assert images._labelled(zip_of(tmp_path / "b.zip", A, {"a.png": 0}), "train", 2)[1].tolist() == [0]  # keyed labels
 
 
 @pytest.mark.parametrize("make, words", [
