@@ -170,9 +170,11 @@ class Images:
         test images, or, without test images, all others and `number` of the training images (at most half)."""
         if self.test is not None:
             return [(x, label, torch.arange(len(x))) for x, label in ((self.x, self.label), self.test)]
-        order, half = torch.randperm(len(self.x), generator=generator("truth")), len(self.x) // 2
-        parts = order[min(number, half):], order[:min(number, half)]
-        return [(self.x, self.label, part.sort().values) for part in parts]
+        order, n = torch.randperm(len(self.x), generator=generator("truth")), min(number, len(self.x) // 2)
+        order = order[self.label[order].argsort(stable=True)]  # class by class: each gives its share
+        held = torch.zeros(len(order), dtype=torch.bool)
+        held[order[(torch.arange(n) * len(order)) // n]] = True
+        return [(self.x, self.label, part.nonzero()[:, 0]) for part in (~held, held)]
 
     def fingerprint(self) -> str:
         """Of the labels and of some images."""

@@ -224,9 +224,10 @@ def length(flags) -> tuple[int, int]:
 
 def passes(flags) -> tuple[int, int]:
     """See edm.passes."""
-    f, updates = flags.dm, [schedule(flags.dm, step) for step in range(flags.dm.steps)]
-    kl, turns = sum(u[0] for u in updates), sum(u[3] for u in updates)
-    drawn = turns - sum(u[0] and u[3] > 0 for u in updates)  # the first turn has its samples
+    f, first = flags.dm, min(first_kl_step(flags.dm), flags.dm.steps)
+    kl, head = f.steps - first, f.fake_warmup if first < f.steps else 0
+    turns = kl * f.ttur + head - f.ttur * (first == 0 < head)  # the head start is at step 0 then, in its turns' place
+    drawn = turns - kl  # an update's first turn has its samples
     return kl * f.draws * (edm.guided(flags) + 1) + 3 * turns, 3 * kl + 3 * f.steps * (f.reg_weight > 0) + drawn
 
 

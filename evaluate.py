@@ -276,8 +276,9 @@ def merged(path: Path, results: dict) -> dict:
     if not path.exists():
         return new
     old = {}
-    with contextlib.suppress(run.Damaged):
-        old = run.load_json(path, "students", "stages")
+    with contextlib.suppress(run.Damaged), run.reading(path):
+        found = run.load_json(path, "students", "stages")
+        old = {**found, "stages": {**found["stages"]}, "configs": {**found.get("configs", {})}}
     both = old.get("configs", {}).keys() & new["configs"].keys()
     mine, theirs = ([r.get("seeds"), r.get("samples"), [r["configs"][stage] for stage in both]] for r in (new, old))
     if not both or mine != theirs:

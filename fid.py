@@ -11,6 +11,7 @@ symmetric eigendecompositions: never complex, and sound for fewer images than fe
 """
 import math
 import sys
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,8 @@ class Inception:
 
     def __init__(self, path, device="cpu"):
         self.device = device
-        with run.reading(path, f"NVIDIA's {INCEPTION}"):
+        with run.reading(path, f"NVIDIA's {INCEPTION}"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TorchScript's end is announced
             self.net = torch.jit.load(str(path), map_location=device).eval()
             probe = self.features(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
             if probe.shape != (2, self.dimension):
@@ -220,6 +222,8 @@ def main(argv=None):
     (mu1, cov1, n, size), (mu2, cov2, of, other) = gaussian(f.images, net), gaussian(f.ref, net)
     if size and other and size != other:
         raise UserError(f"--images of {list(size)} pixels, --ref of {list(other)}")
+    if min(n, of) < 2:
+        raise UserError("--images and --ref: two images or more on either side")
     if min(n, of) < net.dimension:
         print(f"warning: {min(n, of):,} images for {net.dimension:,} features: too large a distance", file=sys.stderr)
     with run.reading(f.ref):

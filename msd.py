@@ -106,6 +106,8 @@ CONFLICTS = [  # (is it so?, what to say), for flags.check
      "--reg-warmup: not below --steps: no KL term"),
     (lambda f: "cd" in f.order() and f.dm.conditioning_sigma != edm.SIGMA_MAX,
      "--conditioning-sigma {f.dm.conditioning_sigma}: CD begins at the highest level"),
+    (lambda f: f.churn.S_min > f.churn.S_max or f.churn.S_churn == 0 and f.churn != edm.Churn(),
+     "--S_churn {f.churn.S_churn}, --S_min {f.churn.S_min}, --S_max {f.churn.S_max}: no level would have noise"),
     (lambda f: f.dm.anneal > f.dm.bins.high, "--anneal {f.dm.anneal}: above the highest of --bins"),
     (lambda f: facts_of(f).classes == 1 and f.partition != "consecutive",
      "--partition {f.partition}: {f.run.dataset} has one class, and so one student"),
@@ -470,7 +472,7 @@ def main(argv=None) -> int:
     divide(flags, ranks)
     if ranks.rank == 0:
         print(f"{title(flags)}, on {ranks.device}", flush=True)
-    inputs = teacher.prepare(flags, ranks)  # {seed: mu_teacher, D, references}
+    inputs = teacher.prepare(flags, ranks, churn=flags.churn)  # {seed: mu_teacher, D, references}
 
     students = []
     for seed, given in inputs.items():

@@ -56,7 +56,6 @@ class Flags:
     prefix = ""
     run: run.Flags
     teacher: edm.Flags
-    churn: edm.Churn
     students: list[int] = flag([4], "numbers of students N", low=1)
     scheme: str = flag("uniform", "uniform; small, large: more students at that noise; or bins: 0-99,100-999")
     p: float = flag(0.75, "chance that an update's sigma are of the own range", low=0, below=1 + 1e-9)

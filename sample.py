@@ -67,6 +67,8 @@ def teacher_of(home: Path, about: dict, device) -> Given:
     """The teacher of a seed folder; about: its flags, guidance among them."""
     if about.get("teacher") == "exact":
         return Given(0, data.facts(about["dataset"]), None, about, True, about.get("cfg", 1))
+    if not (home / "teacher" / "ema.pt").exists():
+        raise UserError(f"{home}: no teacher in it; --of students")
     found = students.load_network(home / "teacher" / "ema.pt")
     return Given(0, found.facts, None, about, False, about.get("cfg", 1), net=found.net.to(device))
 

@@ -48,7 +48,9 @@ def load_network(path) -> Network:
 
 @functools.lru_cache(maxsize=8)  # a stack's rows are asked for in turn
 def _network(path: Path, changed: int) -> Network:
-    if path.suffix == ".pkl":
+    with open(path, "rb") as file:
+        pickled = file.read(1) == b"\x80"  # ours are zip files
+    if pickled or path.suffix == ".pkl":
         found = snapshot.read(path)
         facts = replace(data.DATASETS["imagenet64"], name=path.name, classes=found.classes,
                         shape=(found.channels, found.resolution, found.resolution))

@@ -74,9 +74,9 @@ class Given:
         return self.facts.embeddings() if self.facts.embeddings else self.net.net.label_embeddings().cpu()
 
 
-def prepare(flags, ranks: Ranks, students_by_class: bool = True) -> dict[int, Given]:
-    """{seed: Given}. For msd.py also pairs, and weights for the closed form."""
-    facts = data.facts(flags.run.dataset, flags.run.resolution)
+def prepare(flags, ranks: Ranks, students_by_class: bool = True, churn=edm.Churn()) -> dict[int, Given]:
+    """{seed: Given}. For msd.py also pairs, and weights for the closed form. churn: of the references."""
+    facts, churn = data.facts(flags.run.dataset, flags.run.resolution), vars(churn) if churn.S_churn else {}
     source, t, exact = data.opened(flags.run, ranks), flags.teacher, flags.teacher.which == "exact"
     network = None if t.which in ("train", "exact") else loaded(flags, facts)
     origin = {"dataset": facts.name, "teacher": common.fingerprint(network.net) if network else t.which}
@@ -89,22 +89,22 @@ def prepare(flags, ranks: Ranks, students_by_class: bool = True) -> dict[int, Gi
              for seed in flags.run.all_seeds()}
     with run.alone([Path(flags.run.out) / "data"], ranks):  # jobs of an array share all this
         if not facts.stacked:
+            _at_hand(flags, source(), ranks, students_by_class)
             data.same_data(flags.run, source())
-            _at_hand(flags, source().label, ranks, students_by_class)
         if t.which == "train" or exact and students_by_class:
             _networks(flags, given, ranks)
         if students_by_class and flags.order() == ["teacher"]:
             return {}
         judge = evaluate.judge(flags.run, source, ranks)
         for g in given.values():
-            g.judge, g.ancestry = judge, {**g.lineage}
+            g.judge, g.ancestry = judge, {**g.lineage, **churn}
             g.ancestry |= {} if facts.stacked else {"features": Path(flags.run.features).name or "classifier"}
             if students_by_class:
                 if exact:  # what determines the weights that TSM makes
                     of_tsm = values(flags.tsm) | {"tsm_decay": t.decay}
                     g.ancestry["weights of exact"] = [of_tsm, t.noise_law, t.P_mean, t.P_std, t.size, flags.init]
                 g.pairs = _pairs(flags, g, ranks)
-            g.references = _references(flags, g, ranks)
+            g.references = _references(flags, g, ranks, churn)
         if not students_by_class:
             return given
         if flags.real == "generated":
@@ -132,12 +132,16 @@ def loaded(flags, facts: data.Facts) -> students.Network:
     return found
 
 
-def _at_hand(flags, label: Tensor, ranks: Ranks, students_by_class: bool) -> None:
-    """Is at hand what is wanted later? label [N]: of the images."""
-    count = torch.bincount(label, minlength=data.facts(flags.run.dataset).classes)
-    if count.min() < 2:
-        few = ", ".join(f"{c}: {count[c]}" for c in (count < 2).nonzero()[:8, 0])
-        raise UserError(f"images of a class: ADM and the evaluation want two or more, there are {few}")
+def _at_hand(flags, images: data.Images, ranks: Ranks, students_by_class: bool) -> None:
+    """Is at hand what is wanted later?"""
+    classes = data.facts(flags.run.dataset).classes
+    least = 4 if classes == 1 else 2  # precision and recall want four in all
+    for _, label, rows in images.truth(0, flags.run.eval_samples):
+        count = torch.bincount(label[rows], minlength=classes)
+        if count.min() < least:
+            few = ", ".join(f"{c}: {count[c]}" for c in (count < least).nonzero()[:8, 0])
+            raise UserError(f"images of a class: {least} or more are wanted to report by, as many to choose by "
+                            f"(--eval-samples); there are {few}")
     if ranks.rank == 0 and flags.run.features:
         fid.Inception(flags.run.features, ranks.device)
     if ranks.rank == 0 and students_by_class and flags.dm.distance == "lpips":
@@ -203,11 +207,10 @@ def _pairs(flags, given: Given, ranks: Ranks) -> dict:
     return {k: v.to(ranks.device) for k, v in made.items()}
 
 
-def _references(flags, given: Given, ranks: Ranks) -> dict:
+def _references(flags, given: Given, ranks: Ranks, churn: dict) -> dict:
     """Statistics of the teacher's samples and the data; floors: two draws of one."""
     facts, judge, number, steps = given.facts, given.judge, flags.run.eval_samples, flags.teacher.sampler_steps
     folder = Path(flags.run.out) / f"seed{given.seed}" / "reference"
-    churn = vars(flags.churn) if flags.churn.S_churn else {}
 
     def drawn(purpose: str) -> tuple[Tensor, Tensor]:
         made = solve(folder, purpose, number, given, steps, ranks, churn)

@@ -318,7 +318,7 @@ def test_the_same_command_twice_at_once(tmp_path):
 def test_a_full_disk_and_classes_without_images_are_seen_before_training(tmp_path, capsys, monkeypatch):
     f = parse(msd.Flags, msd.PRESETS, ["--dataset", "fashion-mnist", "--preset", "smoke"])
     with pytest.raises(UserError, match="images of a class: .* there are 1: 1"):
-        teacher._at_hand(f, torch.tensor([0, 0, 1, *range(2, 10), *range(2, 10)]), common.Ranks(), True)
+        teacher._at_hand(f, data.Images(torch.zeros(38, 1), torch.tensor([0, 0, 0, 0, 1, 1, *[*range(2, 10)] * 4])), common.Ranks(), True)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: type("usage", (), {"free": 1000}))
     assert "checkpoints want" in refused(capsys, msd.main, [*SAVING, str(tmp_path / "new")])
     assert not (tmp_path / "new").exists()

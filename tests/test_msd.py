@@ -252,8 +252,8 @@ def test_churn_is_of_the_samples_to_compare_with(run, tmp_path, capsys):
     more = ["--S_churn", "20", "--S_noise", "1.003", "--out", str(tmp_path / "a")]
     assert msd.main([*SMOKE, "--students", "2", "--stages", "teacher", *more]) == 0
     shutil.copytree(tmp_path / "a/seed0/teacher", tmp_path / "b/seed0/teacher")
-    assert msd.main([*SMOKE, "--students", "2", *more]) == msd.main([*SMOKE, "--students", "2", *more[:-1], str(tmp_path / "b"),
-                                                                     "--S_churn", "0"]) == 0
+    for name, flags in (("a", more), ("b", ["--out", str(tmp_path / "b")])):
+        assert msd.main([*SMOKE, "--students", "2", *flags]) == 0
     for name, alike in (("pairs/64", True), ("reference", False)):
         one, other = (load_tensors(min((tmp_path / at / "seed0" / name).glob("*-0000.pt")))["y"] for at in "ab")
         assert torch.equal(one, other) == alike
