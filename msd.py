@@ -386,7 +386,8 @@ def room(flags: Flags) -> str:
     t, s = (activations(facts_of(flags), size) for size in sizes_of(flags))
     held = {"dm": max(s + s * (flags.dm.reg_weight > 0), t), "adm": max(s + t, 3 * t)}
     each = max(held.get(name, s) + dmd.LPIPS_BYTES * (name in with_lpips(flags)) for name in flags.order())
-    batch, left, lines = math.gcd(*(stage.length(flags)[1] for stage, _ in stages_of(flags)), 0), memory(flags), []
+    batches = [stage.length(flags)[1] for stage, _ in stages_of(flags)]
+    batch, left, lines = math.gcd(*batches, flags.teacher.batch * (flags.teacher.which == "train")), memory(flags), []
     for gigabytes in (8, 16, 24, 80):
         most = int((0.9 * gigabytes * 2 ** 30 - left) / each)
         fits = [n for n in range(1, most + 1) if batch % n == 0]
@@ -401,6 +402,8 @@ def bill(flags: Flags) -> list[tuple[str, float]]:
     ratio, each = s / t, edm.evaluations(flags.teacher.sampler_steps) * edm.guided(flags)
     drawn = flags.run.eval_samples * (2 if facts.stacked else 1)
     rows = [("the teacher's training", edm.passes(flags)[0] * flags.teacher.batch)] * (flags.teacher.which == "train")
+    if flags.teacher.which == "exact":
+        rows.append(("weights for the closed form, by TSM", sum(tsm.passes(flags)) * flags.tsm.batch))
     if stages_of(flags):
         rows += [(f"{flags.dm.pairs:,} pairs, {each} each", flags.dm.pairs * each),
                  (f"{drawn:,} samples to compare with", drawn * each)]
