@@ -9,7 +9,7 @@ import o2mkd
 import sample
 import students
 from common import generator, latents
-from conftest import denoiser, refused
+from conftest import ROOT, denoiser, refused
 from dmd import one_step
 from run import save_json, save_tensors
 
@@ -83,3 +83,12 @@ def test_a_class_without_a_student_is_refused(home, tmp_path, capsys):
     argv = ["--run", str(home), "--students", "2", "--tag", "part", "--out", str(tmp_path / "s")]
     assert "the run has 0 to 6" in refused(capsys, sample.main, [*argv, "--classes", "1", "3"])
     assert drawn(home, tmp_path, "--tag part --classes 6 --of students --seeds 1")["label"].tolist() == [6]
+
+
+def test_the_students_in_the_repository(tmp_path, capsys):
+    """docs/data/fashion: a teacher and two students in half precision, at once; small enough to be there."""
+    home = ROOT / "docs/data/fashion"
+    sample.main(["--run", str(home), "--seeds", "0-3", "--steps", "2", "--out", str(tmp_path / "s")])
+    x = np.load(tmp_path / "s-students.npz")["arr_0"]
+    assert x.shape == (4, 16, 16, 1) and 20 < x.mean() < 200 and x.std() > 30
+    assert sum(p.stat().st_size for p in home.rglob("*")) < 8e6
