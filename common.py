@@ -289,7 +289,7 @@ class Average:
         self.net, self.decay, self.select = net, decay, select
         self.now = copy.deepcopy(net).requires_grad_(False)
         self.best = copy.deepcopy(self.now) if select else None
-        self.record = {"distance": torch.full((select.students,), math.inf)} if select else {}
+        self.record = {"distance": torch.full((select.students,), math.inf), "seen": []} if select else {}
 
     def state(self) -> dict:
         """For a checkpoint."""
@@ -309,4 +309,5 @@ class Average:
         for b, e in zip(self.best.parameters(), self.now.parameters()):
             chosen = better.to(b.device).reshape(-1, *[1] * (b.ndim - 1))  # a stack of one: all or nothing
             b.copy_(torch.where(chosen, e, b))
+        self.record["seen"] += [self.select.seen]  # [M, 20, *shape]
         run.log(step, **{self.select.name: distance})

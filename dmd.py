@@ -264,6 +264,8 @@ def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
     state = dict(G=G, mu_fake=mu_fake, **average.state(), opt_G=opt_G, opt_fake=opt_fake)
 
     for step in run.steps(state):                                   # goes on where the last checkpoint stands
+        if step == 0:
+            average.choose(run, 0)                                  # the start
         kl, lr, fake_lr, turns, bins = schedule(f, step)
         regression = gap = fake_losses = sigma = None               # what this phase does not train is not logged
 

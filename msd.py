@@ -415,7 +415,7 @@ def bill(flags: Flags) -> list[tuple[str, float]]:
         if stage.NAME in with_lpips(flags):
             rows.append((f"{stage.NAME}, LPIPS", number * batch * steps * dmd.LPIPS_MULTIPLY_ADDS / t))
         if stage.BY:
-            chosen = (-(-steps // flags.dm.eval_every) + (stage is adm)) * number * flags.dm.select_samples
+            chosen = (-(-steps // flags.dm.eval_every) + (stage in (dmd, adm))) * number * flags.dm.select_samples
             rows.append((f"{stage.NAME}, choosing the best", chosen * ratio))
         if stage.BY and flags.student < 0:
             rows.append((f"{stage.NAME}, evaluation", 2 * len(flags.students) * flags.run.eval_samples * ratio))

@@ -219,6 +219,18 @@ def image_panels(panels: dict, columns: int) -> plt.Figure:
     return fig
 
 
+def progress(folders: dict, m: str) -> plt.Figure:
+    """Samples of the same latents at the first evaluations and the last, 20 for each K; folders {K: of a stage}."""
+    panels = defaultdict(list)
+    for K, folder in folders.items():
+        at, _ = over_students(read_metrics(folder)[m])
+        for k in range(K):
+            seen = run.load_tensors(folder / f"student{k}" / "state.pt", "parts")["parts"]["record"]["seen"]
+            for i in sorted({2 ** j - 1 for j in range(10) if 2 ** j < len(at)} | {len(at) - 1}):
+                panels[f"{at[i]} updates"].append(seen[i][0, :max(1, 20 // K)])
+    return image_panels({title: images.to_uint8(torch.cat(x)) for title, x in panels.items()}, 10)
+
+
 def samples_of(home: Path, results: dict, folder: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Kept samples and labels of students, or of the teacher."""
     if folder:
@@ -408,6 +420,8 @@ def draw(out, tag: str = "") -> list[Path]:
             figures["why"] = why(home, results, {K: folder(K, "dm") for K in ks})
         for stage in filter(rows.get, PANELS):
             name, m = ("gan", aim(results, rows)) if stage == "adm" else ("training", results["metric"])
+            if not toy:
+                figures[f"progress-{stage}"] = progress({K: folder(K, stage) for K in ks}, m)
             first = ("Distance of each student on its own classes", distance(results, m), "linear", [m])
             figures[name] = training({K: folder(K, stage) for K in ks}, stage, [first, *PANELS[stage]])
         if last not in ("dm", "cd"):

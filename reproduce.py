@@ -118,8 +118,8 @@ def job(name: str, f: Flags) -> Job:
     """A run of RUNS in this run folder; on another dataset than the toy, in a folder inside."""
     module = o2mkd if name.startswith("o2") else msd
     argv, home = ["--students", *RUNS[name].split()], Path(f.out)
-    for word in {"--dataset", "--teacher-steps"} & {*argv}:  # of another teacher
-        home /= argv[argv.index(word) + 1]
+    for word in [w for w in ("--dataset", "--teacher", "--teacher-steps") if w in argv]:  # of another teacher
+        home /= Path(argv[argv.index(word) + 1]).stem
     argv += ["--out", str(home)]
     if name not in UNTAGGED:
         argv += ["--tag", name.removeprefix("o2-").removeprefix("fashion-")]

@@ -233,6 +233,7 @@ class Selection:
         chunks = zip(*(v[:, part].split(min(4096, self.facts.chunk), 1) for v in (z, label)))
         x = torch.cat([dmd.one_step(G, a, b) for a, b in chunks], 1)
         x = self.ranks.gather(x.transpose(0, 1)).transpose(0, 1)
+        self.seen = x[:, :20].half().cpu()  # of the same latents every time
         return torch.tensor([self.judge.distance(self.judge.statistics(a, c), self.references[s.seed], s.classes)
                              for s, a, c in zip(self.of, x, label)])
 
