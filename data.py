@@ -81,8 +81,7 @@ DATASETS = {known.name: known for known in (
     Facts("fashion-mnist", (1, 16, 16), 10, fields=unet.LAPTOP, chunk=500, native=32, **IMAGES),
     Facts("cifar10", (3, 32, 32), 10, fields=unet.CIFAR, chunk=500, native=32, flip=True, **IMAGES),
     Facts("cifar10-uncond", (3, 32, 32), 1, fields=unet.CIFAR, chunk=500, native=32, flip=True, **IMAGES),
-    Facts("ffhq64", (3, 64, 64), 1, fields=unet.CIFAR, chunk=250, native=64, **IMAGES),
-    Facts("afhqv2-64", (3, 64, 64), 1, fields=unet.CIFAR, chunk=250, native=64, **IMAGES),
+    *(Facts(name, (3, 64, 64), 1, unet.CIFAR, chunk=250, native=64, **IMAGES) for name in ("ffhq64", "afhqv2-64")),
     Facts("imagenet64", (3, 64, 64), 1000, fields=unet.SIZES, chunk=250, native=64, **IMAGES),
 )}
 

@@ -6,7 +6,7 @@ Trains D(x; sigma, label), an estimate of E[x0 | x0 + sigma n = x, label], from 
   noise levels of the sampler             [EDM Eq. 5]          sigma_steps
   1000 noise levels for distillation      [MSD App. D.1]       sigma_bins
   loss weight and loss                    [EDM Eq. 2], [MSD Eq. 8]'s lambda_t      loss_weight, denoising_loss
-  deterministic and stochastic sampler    [EDM Alg. 1], [EDM Alg. 2]               heun; of first order: ddim
+  deterministic and stochastic sampler    [EDM Alg. 1], [EDM Alg. 2]               heun; of order 1: DDIM
 
 Not here: loading, guidance (teacher.py), the toy's exact denoiser (toy_mog.py).
 
@@ -193,7 +193,8 @@ def heun(denoise, z: Tensor, label: Tensor | None, steps: int, *, S_churn: float
     """Samples x0 [..., *shape] from unit-variance latents z [..., *shape]; 2 steps - 1 evaluations of `denoise`.
 
     [EDM Alg. 1] with S_churn = 0 (deterministic: the ODE that pairs z with x0); [EDM Alg. 2] with S_churn > 0.
-    The state is float64 (float32 on mps); `denoise` is called in z's dtype. order 1: Euler's steps (`ddim`)."""
+    The state is float64 (float32 on mps); `denoise` is called in z's dtype. order 1: Euler's steps, in
+    EDM's variables DDIM [Song et al. 2021]."""
     lead = label.shape if label is not None else z.shape[:1]
     wide = torch.float32 if z.device.type == "mps" else torch.float64
 
@@ -217,12 +218,7 @@ def heun(denoise, z: Tensor, label: Tensor | None, steps: int, *, S_churn: float
     return x.to(z.dtype)
 
 
-def ddim(denoise, z: Tensor, label: Tensor | None, steps: int, **churn) -> Tensor:
-    """DDIM [Song et al. 2021], in EDM's variables Euler's method on its ODE: as `heun`, one evaluation a step."""
-    return heun(denoise, z, label, steps, order=1, **churn)
-
-
-SAMPLERS = {"heun": heun, "ddim": ddim}
+ORDERS = {"heun": 2, "ddim": 1}  # of the samplers
 
 
 def evaluations(steps: int, sampler: str = "heun") -> int:

@@ -98,17 +98,13 @@ def judge(run_flags: run.Flags, source: Callable, ranks: common.Ranks) -> Judge:
     if facts.stacked:
         return toy_judge(facts)
 
-    def once(name: str, make: Callable) -> Path:
-        """OUT/data/name, made by the first rank."""
-        path = Path(run_flags.out) / "data" / name
+    def trained() -> fid.Classifier:
+        path = Path(run_flags.out) / "data" / f"classifier-{facts.resolution}px.pt"
         if ranks.rank == 0 and not path.exists():
             print(f"{path}: made once, to judge images …", flush=True)
-            make(path)
+            fid.save_classifier(path, fid.train_classifier(source().x, source().label, facts.classes, device=device))
         ranks.wait()
-        return path
-
-    def train(path: Path):
-        fid.save_classifier(path, fid.train_classifier(source().x, source().label, facts.classes, device=device))
+        return fid.load_classifier(path).to(device)
 
     def extracted(name: str, x: Tensor, label: Tensor, rows: Tensor) -> Features:  # shared out, never held
         folder, parts = Path(run_flags.out) / "data", rows.split(16_384)
@@ -140,10 +136,7 @@ def judge(run_flags: run.Flags, source: Callable, ranks: common.Ranks) -> Judge:
         report, select = (extracted(f"{weights}-{name}-{len(of[2])}", *of) for name, of in
                           zip(("report", "select"), source().truth(0, run_flags.eval_samples)))
         return {"real": report, "real_select": select, "floor_data": report.distance(select)}
-    if run_flags.features:
-        net = fid.Inception(run_flags.features, device)
-    else:
-        net = fid.load_classifier(once(f"classifier-{facts.resolution}px.pt", train)).to(device)
+    net = fid.Inception(run_flags.features, device) if run_flags.features else trained()
     return Judge(net.name, statistics, Features.distance, check, lambda seed, number: dict(real()), spread)
 
 

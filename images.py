@@ -1,6 +1,6 @@
 """Image files of every form -> uint8 images [N, C, H, W] and labels [N]. Skip this file on first reading.
 
-Fashion-MNIST's IDX files; CIFAR-10's binary version and torchvision's folder; for any dataset EDM's zip with
+Fashion-MNIST's IDX files; torchvision's folder of CIFAR-10; for any dataset EDM's zip with
 dataset.json, class folders, and ImageNet's official batches (npz) with map_clsloc.txt beside them. The last three are
 decoded once, into OUT/data: a damaged image is found before training begins, and a GPU is fed without workers.
 """
@@ -51,14 +51,6 @@ def _idx(name: str) -> Tensor:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         shape = np.frombuffer(raw, ">i4", count=raw[3], offset=4)
         return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape).copy())
-
-
-def _cifar(folder: Path, split: str) -> Pair:
-    """Rows of a label and 3 x 32 x 32 pixels."""
-    names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
-    rows = np.stack([np.fromfile(folder / name, np.uint8) for name in names])
-    rows = torch.from_numpy(rows.reshape(-1, 3073))
-    return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0].long()
 
 
 def _torchvision(folder: Path, split: str, name: str = "cifar10", download: bool = False) -> Pair:
@@ -173,8 +165,6 @@ USUAL = {  # without --data
 FORMS = [  # (dataset, a file that tells a form of its own, its reader (folder, split) -> Pair); the rest is decoded
     ("fashion-mnist", "train-images-idx3-ubyte*", _idx_pair),
     ("fashion-mnist", "FashionMNIST/raw/train-images-idx3-ubyte*", _idx_pair),
-    ("cifar10", "data_batch_1.bin", _cifar),
-    ("cifar10", "cifar-10-batches-bin/data_batch_1.bin", _cifar),
     ("cifar10", "cifar-10-batches-py", _torchvision),
 ]
 

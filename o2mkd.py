@@ -70,7 +70,7 @@ class Flags:
     lr: float = flag(1e-2, "learning rate (AdamW)", low=0)
     decay: str = flag("cosine", "its schedule after warm-up", choices=("cosine", "linear", "constant"))
     ema: float = flag(0.998, "decay of the average of the weights", low=0, below=1)
-    sampler: str = flag("heun", "of teacher and students in the table", choices=tuple(edm.SAMPLERS))
+    sampler: str = flag("heun", "of teacher and students in the table", choices=tuple(edm.ORDERS))
     merge: bool = flag(False, "also the students merged into one")
     inspect: int = flag(-1, "also student k alone, and k in its range with the teacher elsewhere", low=-1)
     curve: list[int] = flag([], "also these numbers of steps, by both samplers", low=2)
@@ -351,8 +351,8 @@ def measured(flags: Flags, given, N: int, device):
 
     def by(denoise, steps=n_steps, sampler=flags.sampler):
         def sample(z, label):
-            chunks = zip(z.to(device).split(facts.chunk), label.to(device).split(facts.chunk))
-            x = torch.cat([edm.SAMPLERS[sampler](denoise, a[None], b[None], steps)[0].cpu() for a, b in chunks])
+            z, label = z[None].to(device), label[None].to(device)
+            x = teacher.make_pairs(denoise, z, label, steps, facts.chunk, order=edm.ORDERS[sampler])[0].cpu()
             return x if facts.stacked else to_uint8(x)
         return sample
 
@@ -395,7 +395,7 @@ def measured(flags: Flags, given, N: int, device):
         yield row(f"alone-{k}", by(D))
         yield row(f"hybrid-{k}", by(routed([D if i == k else mu for i in range(N)], found.router)))
     for steps in flags.curve:
-        for sampler in edm.SAMPLERS:
+        for sampler in edm.ORDERS:
             yield row(f"{sampler}-{steps}", by(denoise, steps, sampler))
 
 

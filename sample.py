@@ -10,7 +10,6 @@ Images   python sample.py --run docs/data/fashion --seeds 0-99 --folders
          [N, H, W, C], arr_1 labels), a grid samples.png, and folders of PNG files
 By noise level   python sample.py --run runs/toy --students 4 --o2mkd --steps 20 --sampler ddim
 """
-import functools
 import itertools
 import re
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ import students
 from common import generator, latents
 from flags import UserError, command, flag, parse
 from images import to_uint8
-from teacher import Given
+from teacher import Given, make_pairs
 
 
 @dataclass
@@ -47,7 +46,7 @@ class Flags:
     o2mkd: bool = flag(False, "students by noise level, in as many steps as the teacher")
     classes: list[int] = flag([], "classes, used in turn; none = all")
     seeds: str = flag("0-999", "one sample each: 0-63 or 3,14,15", pattern=r"\d+(-\d+)?(,\d+(-\d+)?)*")
-    sampler: str = flag("heun", "the multi-step sampler: heun, or ddim of first order", choices=tuple(edm.SAMPLERS))
+    sampler: str = flag("heun", "the multi-step sampler: heun, or ddim of first order", choices=tuple(edm.ORDERS))
     steps: int = flag(0, "its steps; none = as in the run", low=2)
     out: str = flag("samples", "OUT.npz, OUT.png")
     folders: bool = flag(False, "images: also PNG files by seed, OUT-WHO/000000.png")
@@ -71,12 +70,6 @@ def teacher_of(home: Path, about: dict, device) -> Given:
         raise UserError(f"{home}: no teacher in it; --of students")
     found = students.load_network(home / "teacher" / "ema.pt")
     return Given(0, found.facts, None, about, False, about.get("cfg", 1), net=found.net.to(device))
-
-
-def multistep(solve, denoise, z: Tensor, label: Tensor, seeds: list[int], chunk: int) -> Tensor:
-    """Samples [N, *shape] on the CPU from latents z [N, *shape]; churn's noise is keyed by all seeds together."""
-    g, chunks = generator("churn", tuple(seeds), device=z.device), zip(z.split(chunk), label.split(chunk))
-    return torch.cat([solve(denoise, a[None], b[None], generator=g)[0].cpu() for a, b in chunks])
 
 
 @command
@@ -106,8 +99,10 @@ def main(argv=None):
         raise UserError(f"--classes {flags.classes}: the run has {known[0]} to {known[-1]}")
     classes = torch.tensor(flags.classes or known)
     label, z = classes[torch.arange(len(seeds)) % len(classes)].to(device), latents(seeds, facts.shape).to(device)
-    solve = functools.partial(edm.SAMPLERS[flags.sampler], steps=steps, **vars(flags.churn))
-    made = {who: multistep(solve, D, z, label, seeds, facts.chunk) for who, D in denoisers.items()}
+    made, how = {}, dict(chunk=facts.chunk, order=edm.ORDERS[flags.sampler], **vars(flags.churn))
+    for who, D in denoisers.items():
+        g = generator("churn", tuple(seeds), device=device)  # keyed by all seeds together
+        made[who] = make_pairs(D, z[None], label[None], steps, generator=g, **how)[0].cpu()
     cost = dict.fromkeys(made, edm.evaluations(steps, flags.sampler))
     if one_step:
         made["students"] = msd.sampled(one_step, msd.router_of(one_step), z, label, device)

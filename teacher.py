@@ -168,12 +168,12 @@ def _networks(flags, given: dict[int, Given], ranks: Ranks) -> None:
 
 # ---- samples of the teacher
 
-def make_pairs(teacher, z: Tensor, label: Tensor, steps: int, chunk: int = 8192, **churn) -> Tensor:
+def make_pairs(teacher, z: Tensor, label: Tensor, steps: int, chunk: int = 8192, **other) -> Tensor:
     """y [..., N, *shape]: where the teacher's ODE takes unit-variance latents z, of label [..., N] [MSD App. D.2.1].
-    churn: edm.heun's, for other samples than pairs."""
+    other: edm.heun's order and churn, for other samples than pairs."""
     lead = label.ndim - 1
     chunks = zip(z.split(chunk, lead), label.split(chunk, lead))
-    return torch.cat([edm.heun(teacher, a, b, steps, **churn) for a, b in chunks], lead)
+    return torch.cat([edm.heun(teacher, a, b, steps, **other) for a, b in chunks], lead)
 
 
 def solve(folder: Path, purpose: str, number: int, given: Given, steps: int, ranks: Ranks, churn: dict = {}) -> dict:

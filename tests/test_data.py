@@ -98,20 +98,6 @@ def test_official_batches_are_renumbered(tmp_path):
     assert found.test[1].tolist() == [0]
 
 
-def cifar_files(folder):
-    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
-        rows = np.zeros((4, 3073), np.uint8)
-        rows[:, 0], rows[:, 1 + 1024] = [1, 2, 3, 4], 77  # label, then red, green, blue
-        (folder / f"{name}.bin").write_bytes(rows.tobytes())
-    return folder
-
-
-def test_cifar_binary_version(tmp_path):
-    found = source("cifar10", cifar_files(tmp_path), tmp_path / "out")
-    assert found.x.shape == (20, 3, 32, 32) and found.label[:4].tolist() == [1, 2, 3, 4]
-    assert found.x[0, 1, 0, 0] == 77 and found.x[0, 0, 0, 0] == 0 and found.flip
-
-
 def test_a_run_folder_belongs_to_one_set_of_images(tiny, tmp_path):
     flags = run.Flags(dataset="fashion-mnist", data=str(tiny), out=str(tmp_path))
     for _ in range(2):
@@ -198,7 +184,6 @@ WRONG = [  # (dataset, how the folder, or else the zip, is made, what is said)
     ("fashion-mnist", lambda p: idx(p, cut=100), "train-images-idx3-ubyte: damaged"),
     ("imagenet64", half_batches, "batch_2.npz: damaged"),
     ("cifar10", lambda p: save(p / "n0/a.png", picture(20, 32)), "1 class folders, not 10"),
-    ("cifar10", lambda p: (cifar_files(p) / "data_batch_3.bin").write_bytes(b""), "damaged"),
     ("zip", half_zip, "img00000001.png: damaged"),
     ("zip", lambda p: make_zip(p, [-1, 3]), "labels from -1 to 3"),
     ("zip", lambda p: make_zip(p, listing=None), "dataset.json.*no item named"),

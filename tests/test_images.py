@@ -118,11 +118,11 @@ def test_students_of_nvidias_teacher(tmp_path):
     net = test_snapshot.snapshot_of(resolution=32, channels=3, classes=10, width=32, mult=(1, 2), attention=(16,))
     test_snapshot.dump(net, path)
     D = students.load_network(path).net
-    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
-        rows = np.random.default_rng(0).integers(0, 255, (20, 3073)).astype(np.uint8)
-        rows[:, 0] = np.arange(20) % 10
-        (tmp_path / f"{name}.bin").write_bytes(rows.tobytes())
-    line = f"--dataset cifar10 --preset smoke --teacher {path} --data {tmp_path} --out {tmp_path / 'run'}"
+    for i, x in enumerate(np.random.default_rng(0).integers(0, 255, (100, 32, 32, 3)).astype(np.uint8)):
+        folder = tmp_path / "data" / f"class{i % 10}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(x).save(folder / f"{i}.png")
+    line = f"--dataset cifar10 --preset smoke --teacher {path} --data {tmp_path / 'data'} --out {tmp_path / 'run'}"
     assert msd.main(f"{line} --distance l2 --lr 0 --reg-lr 0 --ema 0".split()) == 0
     G = students.load_students(tmp_path / "run/seed0/students2", "ema.pt")[0]  # learning rate 0: still the teacher
     assert same(G.state_dict(), D.state_dict())
