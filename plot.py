@@ -420,7 +420,7 @@ def draw(out, tag: str = "") -> list[Path]:
             figures["why"] = why(home, results, {K: folder(K, "dm") for K in ks})
         for stage in filter(rows.get, PANELS):
             name, m = ("gan", aim(results, rows)) if stage == "adm" else ("training", results["metric"])
-            if not toy:
+            if not toy and [*folder(ks[-1], stage).glob("*/state.pt")]:
                 figures[f"progress-{stage}"] = progress({K: folder(K, stage) for K in ks}, m)
             first = ("Distance of each student on its own classes", distance(results, m), "linear", [m])
             figures[name] = training({K: folder(K, stage) for K in ks}, stage, [first, *PANELS[stage]])

@@ -17,6 +17,7 @@ import evaluate
 import fid
 import images
 import msd
+import plot
 import run as folders
 import sample
 import students
@@ -40,7 +41,9 @@ def test_results_and_figures(image_run):
     assert set(results["students"]) == {"1", "3"} and results["floor_data"] >= 0 and results["teacher"]["fd_data"] > 0
     for r in results["students"].values():
         assert r["fd"] > 0 and r["fd_data"] > 0 and len(r["per_class"]) == 10 and 0 <= r["right class"] <= 1
-    assert [path.stem for path in draw(image_run)] == ["samples", "fd", "training"]
+    assert [path.stem for path in draw(image_run)] == ["samples", "fd", "progress-dm", "training"]
+    fig = plot.progress({3: image_run / "seed0/students3/dm"}, "fd")  # evaluated at the start and every 3 updates
+    assert [ax.get_title() for ax in fig.axes] == ["0 updates", "3 updates", "6 updates"]
     assert "FD (our classifier)" in evaluate.table(results)
 
 
