@@ -29,7 +29,6 @@ mu_fake). On the toy and on the small images also
     1000 (sigma <= 0.017): above, real and generated samples look alike to it.
 
 Run      python adm.py --dataset toy                  after python dmd.py --dataset toy
-Many GPUs    torchrun --nproc-per-node 8 adm.py --dataset imagenet64
 """
 from dataclasses import dataclass
 
@@ -44,7 +43,7 @@ from common import AdamW, Average, Batch, generator, learning_rate
 from edm import level
 from flags import Bins, flag
 
-NAME, BY = "adm", "real_select"  # the reference that a student's best checkpoint is nearest to: data
+NAME, BY = "adm", "real_select"  # data
 USES = {name: f"dm.{name}" for name in ("beta1", "beta2", "decay", "warmup", "clip_norm", "ema", "dm_weight", "draws",
                                         "bins", "normaliser", "select_samples", "eval_every", "conditioning_sigma")}
 USES |= {"adm_fake_warmup": "dm.fake_warmup", "real": "real"}
@@ -103,7 +102,7 @@ class Head(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], seeds: list[int]):
         super().__init__()
-        self.shape, self.net = tuple(shape), None
+        self.net = None
         if len(shape) == 3:
             channels, side = shape[:2]
             layers, conv = [], dict(kernel_size=4, stride=2, padding=1)
@@ -127,7 +126,7 @@ class Head(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         if self.net is not None:
-            return self.net(h.reshape(-1, *self.shape)).reshape(h.shape[:-3])
+            return self.net(h.flatten(0, -4)).reshape(h.shape[:-3])
         h = F.silu(torch.baddbmm(self.b0, h, self.w0))
         h = F.silu(torch.baddbmm(self.b1, h, self.w1))
         return torch.baddbmm(self.b2, h, self.w2)[..., 0]
@@ -184,18 +183,18 @@ def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
 
     for step in run.steps(state):                                   # goes on where the last checkpoint stands
         if step == 0:
-            average.choose(run, 0)                                  # stage 1's checkpoint is the first candidate
+            average.choose(run, 0, dm.eval_every)                   # stage 1's checkpoint is the first candidate
         rate = learning_rate(1.0, step, f.steps, dm.warmup, dm.decay)
-        gan_G = gan_critic = logit_real = logit_fake = None                     # without a GAN
+        gan_G = gan_critic = None                                   # without a GAN
 
         # the generator's turn; the critic is only looked at
         critic.requires_grad_(False)
         made = []
-        for batch in run.batches(step):                             # one, unless ranks or --micro-batch ask for more
+        for batch in run.batches(step):
             label = batch.label()                                   # of Y_k alone: F_ADM
             x = dmd.one_step(G, batch.normal("z"), label)           # [M, b, *shape]
             sigma = level(dmd.in_strata(batch.uniform("sigma", dm.draws), *dm.bins))            # [M, b, n]
-            noise = batch.normals("noise", dm.draws)                # [M, b, n, *shape]
+            noise = batch.normal("noise", dm.draws)                # [M, b, n, *shape]
             grad, _ = dmd.kl_gradient(x, label, sigma, noise, task.teacher, critic, dm.normaliser)
             losses = dm.dm_weight * dmd.dm_loss(x, grad)            # [MSD Eq. 6]
             if gan:
@@ -227,9 +226,10 @@ def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
             opt_critic.step(step, f.fake_lr * (rate if step else 1.0))
 
         if (step + 1) % 50 == 0:
-            run.log(step + 1, **pushes, **critic_metrics(fake_losses, gan_critic, logit_real, logit_fake))
-        if (step + 1) % dm.eval_every == 0 or step + 1 == f.steps:
-            average.choose(run, step + 1)                           # each student by its own classes [MSD App. E]
+            right = {"right on real": logit_real > 0, "right on fake": logit_fake < 0} if gan else {}
+            run.log(step + 1, **pushes, **{"fake loss": fake_losses, "GAN loss of the critic": gan_critic},
+                    **{name: v.float() for name, v in right.items()})
+        average.choose(run, step + 1, dm.eval_every)                # each student by its own classes [MSD App. E]
         run.save(step + 1, state)
     return {"best.pt": average.best, "ema.pt": average.now}
 
@@ -237,7 +237,7 @@ def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
 def gan_metrics(x: Tensor, grad: Tensor, gan_G: Tensor | None, dm_weight: float, gan_weight: float) -> dict:
     """How hard DM term and GAN push a sample: RMS [M, b] of each weighted loss's gradient in x; the GAN loss of G."""
     def rms(v: Tensor) -> Tensor:
-        return edm.per_sample(v.detach() ** 2).sqrt()
+        return edm.per_sample(v ** 2).sqrt()
     out = {"push of the DM term": dm_weight * rms(grad) / grad[0, 0].numel()}
     if gan_G is not None:
         push, = torch.autograd.grad(gan_G.sum(), x, retain_graph=True)
@@ -245,14 +245,6 @@ def gan_metrics(x: Tensor, grad: Tensor, gan_G: Tensor | None, dm_weight: float,
     return out
 
 
-def critic_metrics(fake_losses: Tensor, gan_critic: Tensor | None, real: Tensor | None, fake: Tensor | None) -> dict:
-    """Of a critic's last turn, [M, b]: its losses, and which samples it took rightly for real and for generated."""
-    if gan_critic is None:
-        return {"fake loss": fake_losses}
-    return {"fake loss": fake_losses, "GAN loss of the critic": gan_critic, "right on real": (real > 0).float(),
-            "right on fake": (fake < 0).float()}
-
-
-if __name__ == "__main__":  # this stage alone, one student for all classes
+if __name__ == "__main__":
     import msd
-    raise SystemExit(msd.main(["--students", "1", "--stages", "adm", *__import__("sys").argv[1:]]))
+    msd.alone(NAME)

@@ -80,19 +80,14 @@ class Batch:
         """The same rows, with other names for its draws."""
         return replace(self, of=of)
 
-    def label(self, purpose: str = "label") -> Tensor:
+    def label(self) -> Tensor:
         """[M, b], uniform over each student's own classes Y_k."""
-        return self.draws.label(self.step, self.of.format(purpose), self.size)[:, self.part]
+        return self.draws.label(self.step, self.of.format("label"), self.size)[:, self.part]
 
-    def normal(self, purpose: str, shape: tuple | None = None) -> Tensor:
-        """[M, b, *shape], by default a sample's."""
+    def normal(self, purpose: str, *n: int, shape: tuple | None = None) -> Tensor:
+        """[M, b, *n, *shape], by default a sample's shape."""
         shape = self.shape if shape is None else shape
-        return self.draws.normal(self.step, self.of.format(purpose), self.size, *shape)[:, self.part]
-
-    def normals(self, purpose: str, n: int) -> Tensor:
-        """[M, b, n, *shape]: n draws a sample."""
-        drawn = self.draws.normal(self.step, self.of.format(purpose), self.size * n, *self.shape)
-        return drawn.unflatten(1, (self.size, n))[:, self.part]
+        return self.draws.normal(self.step, self.of.format(purpose), self.size, *n, *shape)[:, self.part]
 
     def uniform(self, purpose: str, *n: int) -> Tensor:
         """[M, b, *n], on 0 … 1."""
@@ -119,7 +114,7 @@ PATIENCE = timedelta(days=30)  # ranks that have finished wait for the others
 
 
 class Ranks:
-    """The processes that train a student together, each on its slice of the batch; alone, every method does nothing."""
+    """The processes that train a student together, each on its slice of the batch."""
 
     def __init__(self, members: list[int] | None = None, group=None, device="cpu"):
         members = members or [0]
@@ -299,8 +294,10 @@ class Average:
         ema_update(self.now, self.net, self.decay, step)
 
     @torch.no_grad()
-    def choose(self, run, step: int) -> None:
-        """Copy into `best` the students whose distance is the lowest so far; log it."""
+    def choose(self, run, step: int, every: int) -> None:
+        """Every so many steps, and at the end: copy into `best` the students whose distance is the lowest so far."""
+        if step % every and step < run.length:
+            return
         flops = run.flops
         distance = self.select(self.now)  # [M]
         run.flops = flops  # choosing is no training

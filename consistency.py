@@ -25,9 +25,9 @@ On the toy, where errors add up along the N levels, also 16 000 updates of batch
 
 Run      python consistency.py --dataset toy
          python msd.py --dataset toy --students 1 2 4 8 --method cd
-Many GPUs    torchrun --nproc-per-node 8 consistency.py --dataset imagenet64
 """
 import copy
+import functools
 import math
 from dataclasses import dataclass
 
@@ -39,7 +39,7 @@ from common import AdamW, Average, ema_update, learning_rate
 from dmd import regression_loss
 from flags import flag
 
-NAME, BY = "cd", "select"  # the reference that a student's best checkpoint is nearest to
+NAME, BY = "cd", "select"
 USES = {name: f"dm.{name}" for name in ("warmup", "clip_norm", "select_samples", "eval_every")}
 USES |= {"cd_distance": "dm.distance", "real": "real", "student_size": "student_size"}
 
@@ -158,11 +158,9 @@ def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
     grid = edm.sigma_bins(cd.points).float().to(run.ranks.device)  # [N], ascending
     law = level_law(edm.sigma_bins(cd.points), cd.focus)
     law = law.to(grid.device, torch.float32 if grid.device.type == "mps" else torch.float64)
-
-    def solve(x: Tensor, t: Tensor, t_next: Tensor, label: Tensor) -> Tensor:
-        return heun_step(task.teacher, x, t, t_next, label)
+    solve = functools.partial(heun_step, task.teacher)
     for step in run.steps(state):
-        for batch in run.batches(step):  # one, unless ranks or --micro-batch ask for more
+        for batch in run.batches(step):
             x, label = task.real(batch)  # [M, b, *shape], of Y_k
             i = draw_level(batch.uniform("level"), law, highest(step, cd))  # [M, b], 0 … N - 2
             t, t_next, noise = grid[i + 1], grid[i], batch.normal("noise")
@@ -173,12 +171,11 @@ def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
         average.update(step)
         if (step + 1) % 50 == 0:
             run.log(step + 1, loss=loss, **edm.by_band(losses, t, "consistency loss"))
-        if (step + 1) % dm.eval_every == 0 or step + 1 == cd.steps:
-            average.choose(run, step + 1)  # each student by its own classes [MSD App. E]
+        average.choose(run, step + 1, dm.eval_every)  # each student by its own classes [MSD App. E]
         run.save(step + 1, state)
     return {"best.pt": average.best, "ema.pt": average.now}
 
 
-if __name__ == "__main__":  # this stage alone, one student for all classes
+if __name__ == "__main__":
     import msd
-    raise SystemExit(msd.main(["--students", "1", "--stages", "cd", *__import__("sys").argv[1:]]))
+    msd.alone(NAME)

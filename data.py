@@ -30,7 +30,7 @@ class Facts:
     name: str
     shape: tuple[int, ...]  # of one x
     classes: int  # |Y|; of the dataset, never of a filtered part of it
-    fields: dict = field(compare=False)  # {name of a size: (width, depth), or a unet.Size}, the teacher's first
+    fields: dict = field(compare=False)  # {name of a size: (width, depth), or a unet.Size}
     stacked: bool  # do students live in one stack [M, B, ...]? Else each is a stack of one
     chunk: int  # samples per call of the teacher's sampler; one file each
     metric: str  # l1 or fd
@@ -40,11 +40,6 @@ class Facts:
     exact: Callable | None = None  # the optimal denoiser (x, sigma, label) -> D, where there is one
     sample: Callable | None = None  # the sampler of the data that goes with it, (label, generator) -> x
     embeddings: Callable | None = None  # () -> [classes, d]: conditions are rows of a fixed table
-    meaning: Callable = lambda label: label  # the class [...] that a label [...] stands for
-
-    @property
-    def sizes(self) -> tuple[str, ...]:
-        return tuple(self.fields)
 
     @property
     def resolution(self) -> int:
@@ -52,12 +47,11 @@ class Facts:
         return self.shape[-1] if self.native else 0
 
     def net(self, students: int = 1, size=None):
-        """F(x, c_noise, label) of so many students; size: one of `sizes` (the first), or its fields."""
-        size = size or self.sizes[0]
-        if self.stacked:
-            return toy_mog.toy_net(students, size, self.embeddings and self.embeddings())
-        assert students == 1, "image students are not stacked: each has a network of its own"
+        """F(x, c_noise, label) of so many students; size: a name (none: B), or its fields."""
+        size = size or "B"
         size = self.fields[size] if isinstance(size, str) else size
+        if self.stacked:
+            return toy_mog.ToyNet(students, *size, self.embeddings and self.embeddings())
         net, kind = (unet.UNet, unet.Size) if len(size) == 4 else (songunet.SongUNet, songunet.Size)
         return net(self.shape[1], self.shape[0], self.classes, kind(*size))
 
@@ -68,16 +62,12 @@ class Facts:
         return (max(unit, 4, round(width * keep / unit) * unit), *rest)
 
 
-def _exact_prompts(x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor:
-    return toy_mog.denoiser(x, sigma, None if label is None else toy_mog.prompt_class(label))
-
-
-TOY = dict(shape=(2,), fields=toy_mog.SIZES, stacked=True, chunk=8192, metric="l1")
+TOY = dict(shape=(2,), fields=toy_mog.SIZES, stacked=True, chunk=8192, metric="l1", exact=toy_mog.denoiser,
+           sample=toy_mog.sample)
 IMAGES = dict(stacked=False, metric="fd")
 DATASETS = {known.name: known for known in (
-    Facts("toy", classes=toy_mog.CLASSES, exact=toy_mog.denoiser, sample=toy_mog.sample, **TOY),
-    Facts("toy-prompts", classes=toy_mog.PROMPTS, embeddings=toy_mog.prompts, meaning=toy_mog.prompt_class,
-          exact=_exact_prompts, sample=lambda label, g: toy_mog.sample(toy_mog.prompt_class(label), g), **TOY),
+    Facts("toy", classes=toy_mog.CLASSES, **TOY),
+    Facts("toy-prompts", classes=toy_mog.PROMPTS, embeddings=toy_mog.prompts, **TOY),
     Facts("fashion-mnist", (1, 16, 16), 10, fields=unet.LAPTOP, chunk=500, native=32, **IMAGES),
     Facts("cifar10", (3, 32, 32), 10, fields=unet.CIFAR, chunk=500, native=32, flip=True, **IMAGES),
     Facts("cifar10-uncond", (3, 32, 32), 1, fields=unet.CIFAR, chunk=500, native=32, flip=True, **IMAGES),
@@ -100,11 +90,11 @@ def stratified(batch: int, classes: int) -> Tensor:
     return torch.arange(batch) % classes
 
 
-def _own(label: Tensor, student: Student) -> Tensor:
-    """Where in label [N] the student's classes are. UserError if nowhere."""
-    index = torch.isin(label, torch.tensor(student.classes, device=label.device)).nonzero()[:, 0]
+def of_classes(label: Tensor, classes) -> Tensor:
+    """Where label [N] is one of these. UserError if nowhere."""
+    index = torch.isin(label, torch.as_tensor(classes, device=label.device)).nonzero()[:, 0]
     if not len(index):
-        raise UserError(f"{student}: the data, or the --pairs, have none of its classes")
+        raise UserError(f"the data, or the --pairs, have none of the classes {[*map(int, classes)]}")
     return index
 
 
@@ -135,7 +125,7 @@ class Images:
 
     def order(self, student: Student, stage: str, epoch: int) -> Tensor:
         """The images of the student's classes in this epoch's order."""
-        own = _own(self.label, student)
+        own = of_classes(self.label, student.classes)
         g = generator(student.seed, stage, student.K, student.k, epoch, "order")
         return own[torch.randperm(len(own), generator=g)]
 
@@ -192,7 +182,7 @@ class Generated:
         """y [M, b, *shape] and labels [M, b]."""
         row, index = [self.seeds.index(s.seed) for s in draws.students], []
         for r, s, g in zip(row, draws.students, draws.generators(step, "generated")):
-            own = _own(self.label[r], s)
+            own = of_classes(self.label[r], s.classes)
             index.append(own[torch.randint(len(own), (batch,), generator=g, device=draws.device).to(own.device)])
         row, index = torch.tensor(row, device=self.y.device)[:, None], torch.stack(index)[:, part]
         y = self.y[row, index].to(torch.get_default_dtype() if self.y.dtype == torch.float16 else self.y.dtype)

@@ -28,7 +28,6 @@ learning rates that decay linearly, and the RMS distance for LPIPS, which costs 
 weight 0.25 are the paper's, the KL term's bins DMD's.
 
 Run      python dmd.py --dataset toy
-Many GPUs    torchrun --nproc-per-node 8 dmd.py --dataset imagenet64 --teacher edm-imagenet-64x64-cond-adm.pkl
 """
 import math
 from dataclasses import dataclass
@@ -112,9 +111,7 @@ PRESETS = {
     # [MSD App. D.2.1]; batches of smaller students: D.2.2
     ("imagenet64", "default"): dict(DMD, steps=200_000, batch=128, lr=2e-6, reg_lr=2e-6, fake_lr=2e-6, distance="lpips",
                                     pairs=10_000, select_samples=10_000, eval_every=5000),
-    ("imagenet64", "default", "S"): dict(batch=160),
-    ("imagenet64", "default", "XS"): dict(batch=224),
-    ("imagenet64", "default", "XXS"): dict(batch=256),
+    **{("imagenet64", "default", size): dict(batch=n) for size, n in (("S", 160), ("XS", 224), ("XXS", 256))},
 }
 
 
@@ -169,6 +166,12 @@ def regression_loss(x: Tensor, y: Tensor, distance="l2") -> Tensor:
 
 
 LPIPS_BYTES, LPIPS_MULTIPLY_ADDS = 117 << 20, 46e9  # of a sample: kept for the pass back; of y once, of x both ways
+
+
+def with_lpips(flags) -> list:
+    """The stages that compare by LPIPS."""
+    on = {"dm": flags.dm.reg_weight > 0, "post": True, "cd": True}
+    return [name for name in flags.order() if on.get(name) and flags.dm.distance == "lpips"]
 
 
 def lpips_distance(device, random_weights: bool = False):
@@ -245,11 +248,12 @@ def schedule(f: Flags, step: int) -> tuple[bool, float, float, int, Bins]:
     kl = step >= first
     begin, end = (first, f.steps) if kl else (0, first)
     rate = learning_rate(1.0, step - begin, end - begin, f.warmup, f.decay)
+    lr = rate * (f.lr if kl else f.reg_lr)
     left = 1 - (step - first) / (0.6 * max(1, f.steps - first))  # of the annealing
     bins = Bins(max(f.bins.low, round(f.anneal * left)), f.bins.high)
     if f.fake_warmup > 0 and step == max(0, first - 1) and first < f.steps:  # the head start
-        return kl, rate * (f.lr if kl else f.reg_lr), f.fake_lr, f.fake_warmup, bins
-    return kl, rate * (f.lr if kl else f.reg_lr), f.fake_lr * rate, f.ttur if kl else 0, bins
+        return kl, lr, f.fake_lr, f.fake_warmup, bins
+    return kl, lr, f.fake_lr * rate, f.ttur if kl else 0, bins
 
 
 def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
@@ -265,7 +269,7 @@ def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
 
     for step in run.steps(state):                                   # goes on where the last checkpoint stands
         if step == 0:
-            average.choose(run, 0)                                  # the start
+            average.choose(run, 0, f.eval_every)                    # the start
         kl, lr, fake_lr, turns, bins = schedule(f, step)
         regression = gap = fake_losses = sigma = None               # what this phase does not train is not logged
 
@@ -277,7 +281,7 @@ def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
                 label = batch.label()                               # of Y_k alone: F_DM
                 x = one_step(G, batch.normal("z"), label)           # [M, b, *shape]
                 sigma = level(in_strata(batch.uniform("sigma", f.draws), *bins))                # [M, b, n]
-                noise = batch.normals("noise", f.draws)             # [M, b, n, *shape]
+                noise = batch.normal("noise", f.draws)             # [M, b, n, *shape]
                 grad, gap = kl_gradient(x, label, sigma, noise, task.teacher, mu_fake, f.normaliser)
                 losses = f.dm_weight * dm_loss(x, grad)             # [MSD Eq. 6]
                 made.append((x.detach(), label))
@@ -301,12 +305,11 @@ def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
         if (step + 1) % 50 == 0:
             bands = edm.by_band(fake_losses, sigma, "fake loss")    # of the last micro-batch, as all logs
             run.log(step + 1, regression=regression, gap=gap, **bands)
-        if (step + 1) % f.eval_every == 0 or step + 1 == f.steps:
-            average.choose(run, step + 1)                           # each student by its own classes [MSD App. E]
+        average.choose(run, step + 1, f.eval_every)                 # each student by its own classes [MSD App. E]
         run.save(step + 1, state)
     return {"best.pt": average.best, "ema.pt": average.now}
 
 
-if __name__ == "__main__":  # this stage alone, one student for all classes
+if __name__ == "__main__":
     import msd
-    raise SystemExit(msd.main(["--students", "1", "--stages", "dm", *__import__("sys").argv[1:]]))
+    msd.alone(NAME)

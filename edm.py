@@ -19,7 +19,6 @@ Departures from the paper
     (`python msd.py --teacher exact --sampler-steps 18` shows the teacher's distance to the data).
 
 Run      python edm.py --dataset toy
-Many GPUs    torchrun --nproc-per-node 8 edm.py --dataset cifar10
 """
 import functools
 import math
@@ -232,7 +231,7 @@ def draw_sigma(batch: Batch, f: Flags) -> Tensor:
     """Noise levels [M, b] of the teacher's training: lognormal [EDM Table 1], uniform over the bins, or mixed."""
     if f.noise_law == "bins":
         return level(batch.integers("sigma", 0, 999))
-    sigma = (f.P_mean + f.P_std * batch.normal("sigma", ())).exp()
+    sigma = (f.P_mean + f.P_std * batch.normal("sigma", shape=())).exp()
     sigma = sigma.clamp(1e-4, 1e3)  # the weight 1 / sigma^2 of a stray draw stays bounded
     if f.noise_law == "mixed":
         return torch.where(batch.uniform("mixed") < 0.1, level(batch.integers("sigma of bins", 0, 999)), sigma)
@@ -267,7 +266,7 @@ def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
     average, opt = Average(D, f.ema), AdamW(D, run)
     state = dict(D=D, **average.state(), optimizer=opt)
     for step in run.steps(state):
-        for batch in run.batches(step):  # one, unless ranks or --micro-batch ask for more
+        for batch in run.batches(step):
             x, label = task.real(batch)  # [M, b, *shape], [M, b]
             sigma, noise = draw_sigma(batch, f), batch.normal("noise")
             for rows, y in dropped(batch, label, f.label_dropout):
@@ -280,6 +279,6 @@ def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
     return {"ema.pt": average.now}
 
 
-if __name__ == "__main__":  # the teacher alone
+if __name__ == "__main__":
     import msd
-    raise SystemExit(msd.main(["--stages", "teacher", *__import__("sys").argv[1:]]))
+    msd.alone(NAME)

@@ -1,6 +1,6 @@
 """What is measured of a sampler, and what a run says at its end: one report for both papers.
 
-A judge compares samples: l1 of histograms (toy), a Frechet distance (images). A Row is measured of each sampler; rows
+A judge compares samples: l1 of histograms (toy), a Frechet distance (images). A row is measured of each sampler; rows
 of all seeds become results.json, a table, verdicts, figures. Two results files of a run folder, K by K:
 
     python evaluate.py runs/toy --compare none reg          results.json with results-reg.json
@@ -11,7 +11,7 @@ import contextlib
 import functools
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
@@ -55,7 +55,7 @@ def toy_judge(facts: data.Facts) -> Judge:
     def truth(seed: int, number: int) -> dict:  # two draws
         real, select = (statistics(x, label) for x, label in data.Mixture(facts).truth(seed, number))
         return {"real": real, "real_select": select, "floor_data": distance(real, select)}
-    return Judge("l1", statistics, distance, lambda x, label: toy_mog.coverage(x, facts.meaning(label)), truth)
+    return Judge("l1", statistics, distance, toy_mog.coverage, truth)
 
 
 class Features:
@@ -89,7 +89,7 @@ class Features:
     def distance(self, other: "Features", classes=None) -> float:
         """Frechet distance over `classes` (default all)."""
         a, b = self.moments(classes), other.moments(classes)
-        return fid.frechet_distance(a.mean(), a.cov(), b.mean(), b.cov())
+        return fid.frechet_distance(a.mean, a.cov(), b.mean, b.cov())
 
 
 def judge(run_flags: run.Flags, source: Callable, ranks: common.Ranks) -> Judge:
@@ -110,7 +110,7 @@ def judge(run_flags: run.Flags, source: Callable, ranks: common.Ranks) -> Judge:
         folder, parts = Path(run_flags.out) / "data", rows.split(16_384)
         files = [run.shard(folder, f"features-{name}", i) for i in range(len(parts))]
         todo = [i for i in ranks.share(len(parts)) if not files[i].exists()]
-        for i in run.bar(todo, "features of the data", len(todo), ranks.rank > 0):
+        for i in run.bar(todo, "features of the data", ranks.rank > 0):
             run.save_tensors(files[i], {"y": net.features(x[parts[i]])})
         ranks.wait()
         return Features([run.load_tensors(file, "y", mmap=True)["y"] for file in files], label[rows])
@@ -140,73 +140,47 @@ def judge(run_flags: run.Flags, source: Callable, ranks: common.Ranks) -> Judge:
     return Judge(net.name, statistics, Features.distance, check, lambda seed, number: dict(real()), spread)
 
 
-# ---- a sampler and its row
-
-@dataclass
-class Row:
-    """What is measured of one sampler, with one seed; what is None is not in results.json."""
-    to_teacher: float | None = None  # distance to the teacher's samples: "l1", of images "fd"
-    to_data: float | None = None  # distance to the data: "l1_data", "fd_data"
-    seconds: float | None = None  # of training in this stage, all its students together
-    more: dict = field(default_factory=dict)  # {name: value}: the judge's checks, and what only this sampler has
-
-    def numbers(self, m: str) -> dict:
-        """{name in results.json: value}; m: l1 or fd."""
-        named = {m: self.to_teacher, f"{m}_data": self.to_data, **self.more, "seconds": self.seconds}
-        return {name: value for name, value in named.items() if value is not None}
-
-
-@dataclass
-class Sampler:
-    """Whose samples are measured."""
-    stage: str  # where its row stands: dm, adm, cd, post, o2mkd, merged, heun-20 …
-    K: int  # students; 0: the teacher
-    seed: int
-    sample: Callable  # (z [N, *shape], label [N]) -> x [N, *shape] on the CPU, images as uint8
-    keep: Path | None = None  # folder for samples.pt
-    student: Callable | None = None  # label [N] -> who answers [N]; kept with the samples
-    seconds: float | None = None  # of training
-    last: Callable | None = None  # as `sample`, by the last checkpoint instead of the chosen one
-    per_class: bool = False  # also class by class?
-    more: dict = field(default_factory=dict)
-
+# ---- a sampler's row, {name in results.json: value}
 
 @torch.no_grad()
-def measure(sampler: Sampler, given, number: int) -> Row:
-    """Measure `number` samples, equally many a class. given: the seed's teacher.Given (judge, references, facts)."""
+def measure(given, number: int, sample: Callable, keep: Path | None = None, last: Callable | None = None,
+            per_class: bool = False, **more) -> dict:
+    """Of `number` samples, equally many a class; more: what only this sampler has. given: the seed's teacher.Given.
+
+    sample: (z [N, *shape], label [N]) -> x [N, *shape] on the CPU, images as uint8; keep: folder for samples.pt;
+    last: as `sample`, by the last checkpoint instead of the chosen one; per_class: also class by class?"""
     facts, judge, report, real = given.facts, given.judge, given.references["report"], given.references["real"]
-    z = torch.randn(number, *facts.shape, generator=common.generator(sampler.seed, "report z"))
+    z = torch.randn(number, *facts.shape, generator=common.generator(given.seed, "report z"))
     label, m = data.stratified(number, facts.classes), facts.metric
-    x = sampler.sample(z, label)
-    if sampler.keep:
-        who = {"student": sampler.student(label)} if sampler.student else {}
-        run.save_tensors(sampler.keep / "samples.pt", {"x": x, "label": label, **who})
+    x = sample(z, label)
+    if keep:
+        run.save_tensors(keep / "samples.pt", {"x": x, "label": label})
     mine = judge.statistics(x, label)
-    more = {**judge.check(x, label), **judge.spread(mine, real), **sampler.more}
-    if sampler.per_class and facts.classes <= 100:
-        more["per_class"] = [judge.distance(mine, report, [c]) for c in range(facts.classes)]
-        more["per_class_mean"] = sum(more["per_class"]) / facts.classes
-    if sampler.last:
-        last = judge.statistics(sampler.last(z, label), label)
-        more |= {f"{m}_last": judge.distance(last, report), f"{m}_data_last": judge.distance(last, real)}
-    return Row(judge.distance(mine, report), judge.distance(mine, real), sampler.seconds, more)
+    row = {m: judge.distance(mine, report), f"{m}_data": judge.distance(mine, real), **judge.check(x, label),
+           **judge.spread(mine, real), **more}
+    if per_class and facts.classes <= 100:
+        row["per_class"] = [judge.distance(mine, report, [c]) for c in range(facts.classes)]
+        row["per_class_mean"] = sum(row["per_class"]) / facts.classes
+    if last:
+        mine = judge.statistics(last(z, label), label)
+        row |= {f"{m}_last": judge.distance(mine, report), f"{m}_data_last": judge.distance(mine, real)}
+    return row
 
 
-def measure_all(samplers, given: dict, number: int) -> dict:
-    """Rows {stage: {K: [one per seed]}} of samplers; given: {seed: teacher.Given}."""
-    rows: dict = {}
-    for s in run.bar(samplers, "sampling", None):
-        rows.setdefault(s.stage, {}).setdefault(str(s.K), []).append(measure(s, given[s.seed], number))
-    return rows
+def collected(rows) -> dict:
+    """{stage: {K: [a row per seed]}} of rows (stage, K, row)."""
+    out: dict = {}
+    for stage, K, row in run.bar(rows, "sampling"):
+        out.setdefault(stage, {}).setdefault(str(K), []).append(row)
+    return out
 
 
-def teacher_row(given, y: Tensor) -> Row:
-    """Of the teacher's samples y [N, *shape], equally many a class."""
+def teacher_row(given, y: Tensor) -> dict:
+    """Of the teacher's samples y [N, *shape], equally many a class; floor: two draws of it."""
     judge, real, label = given.judge, given.references["real"], data.stratified(len(y), given.facts.classes)
     mine = judge.statistics(y, label)
-    floor = {k: v for k, v in given.references.items() if k == "floor"}  # two draws of it
-    return Row(to_data=judge.distance(mine, real),
-               more={**judge.check(y, label), **judge.spread(mine, real), **floor})
+    return {f"{given.facts.metric}_data": judge.distance(mine, real), **judge.check(y, label),
+            **judge.spread(mine, real), "floor": given.references["floor"]}
 
 
 @torch.no_grad()
@@ -241,25 +215,22 @@ def last_of(stages: dict) -> str:
     return [stage for stage in STAGES if stage in stages][-1]
 
 
-def results_of(run_flags: run.Flags, given: dict, rows: dict, evaluations: int, teacher: list[Row] | None = None,
+def results_of(run_flags: run.Flags, given: dict, rows: dict, evaluations: int, teacher: list[dict] | None = None,
                method: str = "", **more) -> dict:
-    """results.json, of rows {stage: {K: [a Row per seed]}} and given {seed: teacher.Given}.
+    """results.json, of rows {stage: {K: [a row per seed]}} and given {seed: teacher.Given}.
 
     evaluations: of the teacher, for a sample; teacher: its rows, if not of its kept samples; method: o2mkd, or "";
     more: further names, among them configs = {stage: dict}, equal for runs that share a table."""
-    first, stages = next(iter(given.values())), {}
-    m = first.facts.metric
-    for stage, of_k in rows.items():
-        stages[stage] = {str(K): summary([row.numbers(m) for row in per_seed]) for K, per_seed in of_k.items()}
+    first, home = next(iter(given.values())), Path(run_flags.out)
+    stages = {stage: {str(K): summary(per_seed) for K, per_seed in of_k.items()} for stage, of_k in rows.items()}
     if teacher is None:
-        kept = [Path(run_flags.out) / f"seed{seed}" / "reference" for seed in given]
-        teacher = [teacher_row(g, run.load_shards(folder, "report")) for g, folder in zip(given.values(), kept)]
-    of_teacher = summary([row.numbers(m) for row in teacher])
+        teacher = [teacher_row(g, run.load_shards(home / f"seed{s}/reference", "report")) for s, g in given.items()]
+    of_teacher = summary(teacher)
     floor = summary([{"data": g.references["floor_data"]} for g in given.values()])["data"]
     return {**({"method": method} if method else {"floor": of_teacher["floor"]}), "dataset": run_flags.dataset,
-            "seeds": list(given), "samples": run_flags.eval_samples, "metric": m, "title": first.judge.title,
-            "floor_data": floor, "teacher": {**of_teacher, "evaluations": evaluations}, **more,
-            "students": stages[last_of(stages)], "stages": stages}
+            "seeds": list(given), "samples": run_flags.eval_samples, "metric": first.facts.metric,
+            "title": first.judge.title, "floor_data": floor, "teacher": {**of_teacher, "evaluations": evaluations},
+            **more, "students": stages[last_of(stages)], "stages": stages}
 
 
 def merged(path: Path, results: dict) -> dict:
@@ -311,12 +282,12 @@ def table(results: dict) -> str:
     return "\n".join(out)
 
 
-def report(path: Path, results: dict, lines: list[str]) -> None:
-    """Write results.json; print the table and the lines; draw the figures."""
+def report(path: Path, results: dict) -> None:
+    """Write results.json; print the table and the verdicts; draw the figures."""
     with run.alone([path.parent, path.parent / "figures"]):
         whole = merged(path, results)
         run.save_json(path, whole)
-    print("\n" + table(whole), *lines, sep="\n")
+    print("\n" + table(whole), *verdicts(results), sep="\n")
     figures = plot.draw(path.parent, path.stem.removeprefix("results").removeprefix("-"))
     print(f"\nresults: {path}\nfigures:", *figures)
 

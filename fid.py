@@ -24,7 +24,7 @@ from torch.nn import functional as F
 import images
 import run
 from common import generator, learning_rate
-from flags import UserError, check, command, flag, parse
+from flags import UserError, command, flag, parse
 
 INCEPTION = "inception-2015-12-05.pt"
 
@@ -33,21 +33,17 @@ class Moments:
     """Mean and unbiased covariance of features that come in pieces, float64."""
 
     def __init__(self):
-        self.n, self._mean, self._scatter = 0, 0.0, 0.0
+        self.n, self.mean, self._scatter = 0, 0.0, 0.0
 
     def add(self, features: Tensor) -> "Moments":
         """Take in features [B, d]; returns itself. Scatter about the own mean: sums of squares would cancel."""
-        x = torch.as_tensor(features).detach().cpu().double()
+        x = features.double()
         if len(x):
             n, mean = self.n + len(x), x.mean(0)
-            gap = mean - self._mean
+            gap = mean - self.mean
             self._scatter = self._scatter + (x - mean).T @ (x - mean) + gap.outer(gap) * (self.n * len(x) / n)  # [d, d]
-            self.n, self._mean = n, self._mean + gap * (len(x) / n)
+            self.n, self.mean = n, self.mean + gap * (len(x) / n)
         return self
-
-    def mean(self) -> Tensor:
-        """[d]"""
-        return self._mean
 
     def cov(self) -> Tensor:
         """[d, d], divided by n - 1; not finite if n < 2."""
@@ -57,7 +53,7 @@ class Moments:
 def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean [d] and unbiased covariance [d, d] of features [N, d], float64."""
     moments = Moments().add(features)
-    return moments.mean(), moments.cov()
+    return moments.mean, moments.cov()
 
 
 def _root(cov: Tensor) -> Tensor:
@@ -71,7 +67,7 @@ def frechet_distance(mu1, cov1, mu2, cov2) -> float:
     """|mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two Gaussians, in float64; 0 = equal.
 
     ValueError if shapes differ or anything is not finite: max(0, nan) would be a perfect 0."""
-    mu1, cov1, mu2, cov2 = four = [torch.as_tensor(a).detach().cpu().double() for a in (mu1, cov1, mu2, cov2)]
+    mu1, cov1, mu2, cov2 = four = [torch.as_tensor(a).double() for a in (mu1, cov1, mu2, cov2)]
     alike = mu1.shape == mu2.shape and cov1.shape == cov2.shape == mu1.shape * 2
     if not alike or not all(torch.isfinite(a).all() for a in four):
         raise ValueError(f"not two finite Gaussians of one dimension: {[list(a.shape) for a in four]}")
@@ -151,7 +147,7 @@ def train_classifier(x: Tensor, label: Tensor, classes: int, seed: int = 0, epoc
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.01)
     orders = [torch.randperm(len(x), generator=generator("classifier", seed, epoch)) for epoch in range(epochs)]
     batches = [rows for order in orders for rows in order.split(128)]
-    for step, rows in enumerate(run.bar(batches, "classifier", len(batches))):
+    for step, rows in enumerate(run.bar(batches, "classifier")):
         optimizer.param_groups[0]["lr"] = learning_rate(3e-3, step, len(batches), len(batches) // 10, "cosine")
         loss = F.cross_entropy(net(images.to_float(x[rows].to(device))), label[rows].to(device))
         optimizer.zero_grad()
@@ -195,9 +191,6 @@ class Flags:
     device: str = flag("auto", "auto, cpu, cuda or mps")
 
 
-CONFLICTS = [(lambda f: not f.images or not f.ref, "--images and --ref: both are needed")]
-
-
 def gaussian(path: str, net) -> tuple[Tensor, Tensor, float, torch.Size | None]:
     """mu [d], cov [d, d], of how many images, of which size; of statistics inf and None.
 
@@ -208,16 +201,17 @@ def gaussian(path: str, net) -> tuple[Tensor, Tensor, float, torch.Size | None]:
                 return f["mu"], f["sigma"], math.inf, None
     x, out = images.read(path), Moments()
     pieces = x.split(1024)  # features of all need not fit in memory
-    for piece in run.bar(pieces, "features", len(pieces)):
+    for piece in run.bar(pieces, "features"):
         out.add(net.features(piece))
-    return out.mean(), out.cov(), out.n, x.shape[2:]
+    return out.mean, out.cov(), out.n, x.shape[2:]
 
 
 @command
 def main(argv=None):
     """Measure --images against --ref."""
     f = parse(Flags, {}, argv, __doc__)
-    check(f, CONFLICTS)
+    if not (f.images and f.ref):
+        raise UserError("--images and --ref: both are needed")
     net = extractor(f.features, run.device(f.device))
     (mu1, cov1, n, size), (mu2, cov2, of, other) = gaussian(f.images, net), gaussian(f.ref, net)
     if size and other and size != other:

@@ -149,7 +149,7 @@ def _pixels(path: Path, names: list[str], read_file) -> Tensor:
     out = np.empty((len(names), *pixels(names[0], colour).shape), np.uint8)
     blocks = range(0, len(names), 4096)
     with ThreadPoolExecutor(min(32, len(getattr(os, "sched_getaffinity", lambda _: range(4))(0)))) as pool:
-        for begin in run.bar(blocks, f"decoding {path.name}", len(blocks)):
+        for begin in run.bar(blocks, f"decoding {path.name}"):
             list(pool.map(fill, range(begin, min(begin + 4096, len(names)))))
     if clear:
         print(f"{path}: {len({*clear})} images are in part transparent, such as {clear[0]}: laid on white", flush=True)

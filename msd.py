@@ -16,6 +16,7 @@ import functools
 import itertools
 import math
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,7 +96,7 @@ CONFLICTS = [  # (is it so?, what to say), for flags.check
     (lambda f: f.method == "cd" and "cd" not in f.order(), "--method cd: needs --stages cd or tsm,cd"),
     (lambda f: f.student >= (0 if facts_of(f).stacked else max(f.students)),
      "--student {f.student}: from 0 to K - 1; not on the toy, whose students train as one stack"),
-    (lambda f: f.student_size not in ("", sizes_of(f)[0] or facts_of(f).sizes[0]) and
+    (lambda f: f.student_size not in ("", sizes_of(f)[0] or "B") and
                (f.init == "teacher" or not f.init and f.order()[0] in ("dm", "cd")),
      "--student-size {f.student_size}: the teacher's weights do not fit; begin with tsm"),
     (lambda f: f.init and f.order()[0] == "tsm", "--init {f.init}: TSM starts from random weights"),
@@ -127,20 +128,12 @@ def filter_dm(D: Data, Y_k: Tensor) -> Data:
 
 def filter_adm(D: Data, Y_k: Tensor) -> Data:
     """F_ADM(D, Y_k) = (D_real, C_{Y_k}) [MSD Sec. 3.2], D_real read as that of Y_k."""
-    return D._replace(real=D.real[of_classes(Y_k, D.real, "real data")], conditions=Y_k)
+    return D._replace(real=D.real[data.of_classes(D.real, Y_k)], conditions=Y_k)
 
 
 def filter_pairs(D: Data, Y_k: Tensor) -> Data:
     """(the pairs of Y_k, C_{Y_k}): worse [MSD App. B.4]."""
-    return D._replace(pairs=D.pairs[of_classes(Y_k, D.pair_label[D.pairs], "--pairs")], conditions=Y_k)
-
-
-def of_classes(Y_k: Tensor, label: Tensor, what: str) -> Tensor:
-    """Where label [n] is of Y_k. UserError if nowhere."""
-    rows = torch.isin(label, Y_k).nonzero()[:, 0]
-    if not len(rows):
-        raise UserError(f"there are no {what} of the classes {Y_k.tolist()}")
-    return rows
+    return D._replace(pairs=D.pairs[data.of_classes(D.pair_label[D.pairs], Y_k)], conditions=Y_k)
 
 
 def stages_of(flags: Flags) -> list[tuple]:
@@ -180,11 +173,11 @@ def quadrant(embeddings: Tensor) -> Tensor:
     return torch.where(up, torch.where(right, 0, 1), torch.where(right, 3, 2))
 
 
-def kmeans(points: Tensor, clusters: int, seed: int = 0, restarts: int = 8) -> Tensor:
+def kmeans(points: Tensor, clusters: int, seed: int = 0) -> Tensor:
     """Cluster index [N] of points [N, d]: Lloyd's algorithm, the best of several starts, whatever the points' order.
     A start: the farthest point in a random direction, then again and again the one farthest from those taken."""
     x, least, found, g = points.double().cpu(), torch.inf, None, generator(seed, "kmeans")
-    for _ in range(restarts):
+    for _ in range(8):
         first = int((x @ torch.randn(x.shape[1], generator=g, dtype=x.dtype)).argmax())
         centre = x[first:first + 1]
         while len(centre) < clusters:
@@ -289,31 +282,30 @@ def generate(folder, label: Tensor, seeds) -> Tensor:
 
 # ---- what a run ends with
 
-def sampled(students: Students, router: Router, z: Tensor, label: Tensor, device) -> Tensor:
+def sampled(students: Students, z: Tensor, label: Tensor, device) -> Tensor:
     """One-step samples of labels [N] from latents z [N, *shape], on the CPU; images as uint8."""
-    stacked, x = students.to(device).facts.stacked, torch.empty_like(z)
+    stacked, x, router = students.to(device).facts.stacked, torch.empty_like(z), router_of(students)
     order = torch.arange(len(label)) if stacked else router(label).argsort(stable=True)  # student after student
     for rows in order.split(16_384 if stacked else students.facts.chunk):
         x[rows] = route(students, router, z[rows].to(device), label[rows].to(device)).cpu()
     return x if stacked else to_uint8(x)
 
 
-def samplers(flags: Flags, device):
-    """The students of every seed, stage and K of this run, one after another, to be measured."""
+def rows_of(flags: Flags, inputs: dict, device):
+    """(stage, K, row) of the students of every seed, stage and K of this run."""
     stages = [name for name in flags.order() if name in ONE_STEP]
-    for seed, stage, K in itertools.product(flags.run.all_seeds(), stages, flags.students):
+    for seed, stage, K in itertools.product(inputs, stages, flags.students):
         folder = stage_folder(flags, seed, K, stage)
         best, last = load_students(folder), load_students(folder, "ema.pt")
-        router = router_of(best)
-        of_best, of_last = (functools.partial(sampled, found, router, device=device) for found in (best, last))
-        yield evaluate.Sampler(stage, K, seed, of_best, folder, router, best.seconds, of_last, True,
-                               {"teraflops": best.flops / 1e12})
+        of_best, of_last = (functools.partial(sampled, found, device=device) for found in (best, last))
+        yield stage, K, evaluate.measure(inputs[seed], flags.run.eval_samples, of_best, folder, of_last, per_class=True,
+                                         seconds=best.seconds, teraflops=best.flops / 1e12)
 
 
 def report(flags: Flags, inputs: dict, device) -> int:
     """Measure the students of all one-step stages; results.json, table, verdicts, figures."""
     facts, configs = facts_of(flags), {}
-    rows = evaluate.measure_all(samplers(flags, device), inputs, flags.run.eval_samples)
+    rows = evaluate.collected(rows_of(flags, inputs, device))
     for stage, _ in stages_of(flags):
         before = flags.order()[:flags.order().index(stage.NAME)]
         configs[stage.NAME] = {**inputs[flags.run.seed].ancestry, **settings(flags, stage.NAME, stage.USES),
@@ -322,7 +314,7 @@ def report(flags: Flags, inputs: dict, device) -> int:
     more = dict(size=size, parameters=weights(facts, size), classes_of_data=facts.classes, configs=configs)
     results = evaluate.results_of(flags.run, inputs, rows, edm.evaluations(flags.teacher.sampler_steps), **more)
     path = Path(flags.run.out) / f"results{run.suffix(tag_of(flags))}.json"
-    evaluate.report(path, results, evaluate.verdicts(results))
+    evaluate.report(path, results)
     return 0
 
 
@@ -362,7 +354,8 @@ def memory(flags: Flags) -> int:
 def activations(facts: data.Facts, size) -> int:
     """Bytes that one sample's pass keeps for the pass back, on a GPU."""
     net, sums = network(facts, size), []
-    net.precision = torch.bfloat16 if isinstance(net, unet.UNet) else None
+    if isinstance(net, unet.UNet):
+        net.precision = torch.bfloat16
     for b in (1, 2):  # what both keep are copies of weights
         kept, x = {}, torch.zeros(1, b, *facts.shape, device="meta")
 
@@ -375,17 +368,11 @@ def activations(facts: data.Facts, size) -> int:
     return sums[1] - sums[0]
 
 
-def with_lpips(flags: Flags) -> list:
-    """The stages that compare by LPIPS."""
-    on = {"dm": flags.dm.reg_weight > 0, "post": True, "cd": True}
-    return [name for name in flags.order() if on.get(name) and flags.dm.distance == "lpips"]
-
-
 def room(flags: Flags) -> str:
     """Which --micro-batch fits, by the passes that are held at once: estimated."""
     t, s = (activations(facts_of(flags), size) for size in sizes_of(flags))
     held = {"dm": max(s + s * (flags.dm.reg_weight > 0), t), "adm": max(s + t, 3 * t)}
-    each = max(held.get(name, s) + dmd.LPIPS_BYTES * (name in with_lpips(flags)) for name in flags.order())
+    each = max(held.get(name, s) + dmd.LPIPS_BYTES * (name in dmd.with_lpips(flags)) for name in flags.order())
     batches = [stage.length(flags)[1] for stage, _ in stages_of(flags)]
     batch, left, lines = math.gcd(*batches, flags.teacher.batch * (flags.teacher.which == "train")), memory(flags), []
     for gigabytes in (8, 16, 24, 80):
@@ -412,7 +399,7 @@ def bill(flags: Flags) -> list[tuple[str, float]]:
         number = len(flags.students) if flags.student >= 0 else sum(flags.students)
         number = 1 if stage is tsm and flags.tsm.common else number
         rows.append((f"{stage.NAME}, {number} networks", number * batch * (of_t + ratio * of_s)))
-        if stage.NAME in with_lpips(flags):
+        if stage.NAME in dmd.with_lpips(flags):
             rows.append((f"{stage.NAME}, LPIPS", number * batch * steps * dmd.LPIPS_MULTIPLY_ADDS / t))
         if stage.BY:
             chosen = (-(-steps // flags.dm.eval_every) + (stage in (dmd, adm))) * number * flags.dm.select_samples
@@ -437,7 +424,7 @@ def plan(flags: Flags) -> int:
     if not facts.stacked:
         print(room(flags))
     if flags.teacher.which not in ("train", "exact") and not Path(flags.teacher.which).is_file():
-        print(f"{flags.teacher.which} is not here: counted as size {flags.teacher.size or facts.sizes[0]}")
+        print(f"{flags.teacher.which} is not here: counted as size {flags.teacher.size or 'B'}")
     rows = bill(flags)
     print(f"the bill, without judging, in evaluations of the teacher, {t:,} parameters:")
     for what, number in [*rows, ("in all", sum(number for _, number in rows))]:
@@ -471,7 +458,7 @@ def main(argv=None) -> int:
     check(flags, CONFLICTS)
     if flags.run.dry_run:
         return plan(flags)
-    ranks = run.start(flags.run)  # torchrun's, or this process alone
+    ranks = common.world(run.device(flags.run.device))  # torchrun's, or this process alone
     divide(flags, ranks)
     if ranks.rank == 0:
         print(f"{title(flags)}, on {ranks.device}", flush=True)
@@ -493,6 +480,11 @@ def main(argv=None) -> int:
     code = report(flags, inputs, ranks.device) if measured else 0
     common.leave(ranks)
     return code
+
+
+def alone(stage: str) -> None:
+    """`python dmd.py …`: this stage alone, one student for all classes."""
+    raise SystemExit(main(["--students", "1", "--stages", stage, *sys.argv[1:]]))
 
 
 if __name__ == "__main__":

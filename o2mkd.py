@@ -35,9 +35,8 @@ import evaluate
 import fid
 import run
 import teacher
-from common import AdamW, Average, Draws, Student, generator, learning_rate, leave
+from common import AdamW, Average, Draws, Student, generator, learning_rate, leave, world
 from edm import level
-from evaluate import Row
 from flags import UserError, check, command, describe, flag, parse, values
 from images import to_uint8
 from plot import read_metrics
@@ -89,7 +88,6 @@ PRESETS = {"run": run.PRESETS, "teacher": edm.PRESETS, "": {
     ("fashion-mnist", "smoke"): dict(steps=4, batch=4),
     ("cifar10", "default"): dict(LONG, lr=1e-3, ema=0.9993), ("cifar10", "smoke"): dict(steps=2, batch=2),
     ("imagenet64", "default"): dict(LONG, lr=1e-4, ema=0.9999)}}
-PRESETS[""]["imagenet64", "paper"] = PRESETS[""]["imagenet64", "default"]
 CONFLICTS = [
     (lambda f: f.kd in FEATURE_LOSSES and (f.teacher.which == "exact" or f.teacher.cfg != 1),
      "--kd {f.kd}: the closed form has no features, and --cfg guides predictions alone"),
@@ -235,7 +233,7 @@ def train(run, flags, task) -> dict:
     state |= {"project": project} if [*project.parameters()] else {}
 
     for step in run.steps(state):
-        for batch in run.batches(step):  # one, unless ranks or --micro-batch ask for more
+        for batch in run.batches(step):
             x, label = task.real(batch)  # [M, b, *shape]
             sigma = level(draw_bins(batch, low, high, flags.p))  # [M, b]
             loss, parts = o2mkd_loss(G, mu_teacher, x, label, sigma, batch.normal("noise"), flags.weight, kd, project)
@@ -345,7 +343,7 @@ def gradual(found: dict) -> dict:
 # ---- what a run ends with
 
 def measured(flags: Flags, given, N: int, device):
-    """(name, Row) of N students in turn, and what else is asked for; N = 0: the teacher."""
+    """(name, row) of N students in turn, and what else is asked for; N = 0: the teacher."""
     facts, mu, seed, number = given.facts, given.mu_teacher, given.seed, flags.run.eval_samples
     folder, n_steps = folder_of(flags, seed, N), flags.teacher.sampler_steps
 
@@ -360,14 +358,14 @@ def measured(flags: Flags, given, N: int, device):
         return torch.randn(n, *facts.shape, generator=generator(seed, purpose)), data.stratified(n, facts.classes)
 
     def row(name, sample, **more):
-        return name, evaluate.measure(evaluate.Sampler(name, N, seed, sample, **more), given, number)
+        return name, evaluate.measure(given, number, sample, **more)
 
     if N:
         found = load_students(folder).to(device)
         denoise, D = routed(found.denoisers, found.router), found.denoisers[0]
-        yield row(NAME, by(denoise), keep=folder, seconds=found.seconds, more={"teraflops": found.flops / 1e12})
+        yield row(NAME, by(denoise), keep=folder, seconds=found.seconds, teraflops=found.flops / 1e12)
         for name, of_loss in steadiness(folder).items():
-            yield f"loss-{name}", Row(more=of_loss)
+            yield f"loss-{name}", of_loss
     else:
         denoise, D, path = mu, given.net, folder.with_name("teacher") / "drift.json"
         if D and not path.exists():
@@ -375,13 +373,13 @@ def measured(flags: Flags, given, N: int, device):
             batch = given.source().batch(everyone, 0, 2000 if facts.stacked else 500)
             run.save_json(path, drift(D, *(v.to(device) for v in batch), seed))
         for name, value in gradual(run.load_json(path)).items() if D else ():
-            yield f"drift-{name}", Row(more={"distance": value})
+            yield f"drift-{name}", {"distance": value}
         if flags.sampler != "heun":  # the kept samples are Heun's
             yield "teacher", evaluate.teacher_row(given, by(mu)(*latents("teacher z")))
     if D:
         adds = evaluate.multiply_adds(denoise, facts, device) * edm.evaluations(n_steps, flags.sampler)
         kept = max(N, 1) * sum(p.numel() for p in D.parameters())
-        yield "cost", Row(more={"parameters": kept, "multiply_adds": adds})
+        yield "cost", {"parameters": kept, "multiply_adds": adds}
     if flags.merge and N > 1:  # c is chosen on other latents and data
         (z, label), scan = latents("merge z", number // 5), {}
         for c in (0.25 / N, 0.5 / N, 0.75 / N, 1 / N, 1.25 / N, 1.5 / N):
@@ -389,7 +387,7 @@ def measured(flags: Flags, given, N: int, device):
             scan[c] = given.judge.distance(mine, given.references["real_select"])
         c = min(scan, key=scan.get)
         yield row("merged-mean", by(merge(found.start, found.denoisers)))
-        yield row("merged", by(merge(found.start, found.denoisers, c)), more={"c": c, "scan": [*scan.values()]})
+        yield row("merged", by(merge(found.start, found.denoisers, c)), c=c, scan=[*scan.values()])
     if N > 1 and 0 <= flags.inspect < N:
         k, D = flags.inspect, found.denoisers[flags.inspect]
         yield row(f"alone-{k}", by(D))
@@ -401,19 +399,17 @@ def measured(flags: Flags, given, N: int, device):
 
 def report(flags: Flags, inputs: dict, device) -> None:
     """results-o2mkd.json, table, verdicts, figures."""
-    rows, steps = {}, flags.teacher.sampler_steps
-    for given in inputs.values():
-        for N in (0, *flags.students):
-            for name, row in run.bar(measured(flags, given, N, device), f"sampling, N = {N}", None):
-                rows.setdefault(name, {}).setdefault(str(N), []).append(row)
-    of_teacher, cost = rows.pop("teacher", {}).get("0"), {N: of[0].more for N, of in rows.pop("cost").items()}
+    steps = flags.teacher.sampler_steps
+    rows = evaluate.collected((name, N, row) for given in inputs.values() for N in (0, *flags.students)
+                              for name, row in measured(flags, given, N, device))
+    of_teacher, cost = rows.pop("teacher", {}).get("0"), {N: of[0] for N, of in rows.pop("cost").items()}
     own = values(flags, *USES, "scheme", "keep", "student_size", "init", "sampler")
     config = {**inputs[flags.run.seed].ancestry, **own, "kd_weight": flags.weight, "sampler_steps": steps}
     results = evaluate.results_of(
         flags.run, inputs, rows, edm.evaluations(steps, flags.sampler), of_teacher, NAME, configs={NAME: config},
         cost=cost, steps=steps, sampler=flags.sampler, edges={str(N): ranges(N, flags.scheme) for N in flags.students})
     path = Path(flags.run.out) / f"results-o2mkd{run.suffix(flags.run.tag)}.json"
-    evaluate.report(path, results, evaluate.verdicts(results))
+    evaluate.report(path, results)
 
 
 @command
@@ -426,7 +422,7 @@ def main(argv=None) -> int:
     if flags.run.dry_run:
         print(describe(flags))
         return 0
-    ranks = run.start(flags.run)
+    ranks = world(run.device(flags.run.device))
     inputs = teacher.prepare(flags, ranks, students_by_class=False)  # {seed: Given}
 
     students = []

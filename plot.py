@@ -4,7 +4,6 @@ The one file that imports matplotlib.
 """
 import argparse
 import csv
-import functools
 import math
 import textwrap
 from collections import defaultdict
@@ -129,7 +128,7 @@ def curves(xlabel: str, shown: list, doubling: bool = False):
             ax.xaxis.set_major_formatter("{x:.3g}")
         if not doubling or ax is axes[-1]:
             ax.legend(loc="upper left", bbox_to_anchor=(1, 1))  # never over the data
-    return fig, axes
+    return fig
 
 
 # curves of a stage: title, y axis, its scale, metrics, dotted levels; "…, " and "": all that begin so, of one K
@@ -157,25 +156,24 @@ def training(folders: dict, stage: str, panels: list) -> plt.Figure:
                 style, colour = ("-", shade(j, len(found))) if all_of else (("-", "--")[j], shade(i, len(runs)))
                 lines.append((label, style, colour, over_students(runs[K][name])))
         shown.append((title, unit, scale, lines, *dotted))
-    return curves(f"updates of {stage.upper()}", shown)[0]
+    return curves(f"updates of {stage.upper()}", shown)
 
 
 def steps_curve(results: dict) -> plt.Figure:
     """[O2MKD Fig. 6]: distance to the data against the multiply-adds of a sample, for each sampler a line per N."""
     cost, m, shown = results["cost"], f"{results['metric']}_data", []
-    for sampler in ("heun", "ddim"):
+    for sampler in edm.ORDERS:
         lines = []
         for i, N in enumerate(sorted(cost, key=int)):
             each, xy = cost[N]["multiply_adds"] / results["teacher"]["evaluations"] / 1e6, []
             for stage, of_n in results["stages"].items():
                 if stage.startswith(f"{sampler}-") and N in of_n:
-                    n = int(stage.split("-")[1])
-                    xy.append((each * (2 * n - 1 if sampler == "heun" else n), of_n[N][m]))
+                    xy.append((each * edm.evaluations(int(stage.split("-")[1]), sampler), of_n[N][m]))
             if xy:
                 label = f"N = {N}" if int(N) else "teacher"
                 lines.append((label, "-", shade(i, len(cost)), np.transpose(sorted(xy))))
         shown.append((sampler, distance(results, m), "linear", lines))
-    return curves("million multiply-adds of a sample", shown, doubling=True)[0]
+    return curves("million multiply-adds of a sample", shown, doubling=True)
 
 
 def figure8(sets: dict) -> plt.Figure:
@@ -189,8 +187,8 @@ def figure8(sets: dict) -> plt.Figure:
             lines.append((f"size {size}", "-", shade(i, len(sets)), np.reshape(sorted(xy), (-1, 3)).T))
         lines.append(("teacher", "--", "C1", ([1, r["classes_of_data"]], [r["teacher"][m]] * 2)))
         shown.append((f"after {stage.upper()}", distance(r, m), "linear", lines))
-    fig, axes = curves("classes that a student covers", shown, doubling=True)
-    axes[0].set_ylim(bottom=0)
+    fig = curves("classes that a student covers", shown, doubling=True)
+    fig.axes[0].set_ylim(bottom=0)
     return fig
 
 
@@ -243,7 +241,7 @@ def samples_of(home: Path, results: dict, folder: Path | None) -> tuple[torch.Te
 def side_by_side(home: Path, results: dict, shown: list, m: str, of_k: dict) -> plt.Figure:
     """[MSD Fig. 4, 9]: samples of the teacher and of students [(who, row, folder)], with their distance m; of the toy
     also this distance against K, of rows of_k {K: row}."""
-    n = 2 * results["steps"] - 1 if "method" in results else results["teacher"]["evaluations"]  # kept samples: Heun's
+    n = edm.evaluations(results["steps"]) if "method" in results else results["teacher"]["evaluations"]  # kept: Heun's
     sets = {}
     for who, row, folder in [(f"teacher, {n} evaluations", results["teacher"], None), *shown]:
         first = row["per_seed"][0]
@@ -253,7 +251,7 @@ def side_by_side(home: Path, results: dict, shown: list, m: str, of_k: dict) -> 
         x, label = [*sets.values()][-1]
         pick = torch.cat([(label == c).nonzero()[:8, 0] for c in label.unique()[:12]])
         return image_panels({title: images.to_uint8(x[pick]) for title, (x, _) in sets.items()}, 8)
-    fig, against = points(sets, data.facts(results["dataset"]).meaning)
+    fig, against = points(sets)
     for K, row in of_k.items():
         y = [seed[m] for seed in row["per_seed"]]
         against.plot([int(K)] * len(y), y, "o", color="C0")
@@ -267,13 +265,13 @@ def side_by_side(home: Path, results: dict, shown: list, m: str, of_k: dict) -> 
 CLOSE_UP = VIEW | dict(xlim=(0.36, 0.64), ylim=(-0.14, 0.14))  # of class 0
 
 
-def points(sets: dict, meaning, number: int = 20_000):
-    """Samples {title: (x [N, 2], label [N])}, below class 0 close up; red: astray (circles: 4 std). meaning(label): the
-    class. Returns the figure, and a free panel."""
+def points(sets: dict, number: int = 20_000):
+    """Samples {title: (x [N, 2], label [N])}, below class 0 close up; red: astray (circles: 4 std). Returns the
+    figure, and a free panel."""
     fig, axes = plt.subplots(2, 1 + len(sets), figsize=(3.6 + 3.6 * len(sets), 7.8), layout=Whole())
     axes[1, -1].axis("off")
     for (title, (x, label)), whole, ring in zip(sets.items(), *axes):
-        astray = toy_mog.astray(x, meaning(label))
+        astray = toy_mog.astray(x, label)
         for ax, view, size in ((whole, VIEW, 0.5), (ring, CLOSE_UP, 4)):
             for which, colour in ((~astray[:number], "0.25"), (astray[:number], "C3")):
                 ax.scatter(*x[:number][which].T, s=size, c=colour, lw=0)
@@ -294,7 +292,7 @@ def why(home: Path, results: dict, folders: dict) -> plt.Figure:
     for ax, K in zip(axes[:, 2], (min(folders), max(folders))):
         x, label = samples_of(home, results, folders[K])
         z = torch.randn(*x.shape, generator=common.generator(results["seeds"][0], "report z"))
-        of_0 = (data.facts(results["dataset"]).meaning(label) == 0).nonzero()[:2500, 0]
+        of_0 = (label % toy_mog.CLASSES == 0).nonzero()[:2500, 0]
         z, x, label = z[of_0], x[of_0], torch.zeros(len(of_0)).long()
         mode, astray = toy_mog.nearest(x, label)[1], toy_mog.astray(x, label)
         ax.scatter(*z[~astray].T, s=4, c=mode[~astray], cmap="Pastel1")
@@ -333,14 +331,14 @@ def pull(field, fake, teacher: Path, folder: Path, name: str, number: int = 1500
         ax.set(**CLOSE_UP)
 
 
-def scatter(panels: dict, owner, number: int, what: str):
-    """A panel for each {title: x [N, 2]}, a colour for each of so many owners [N]."""
+def scatter(panels: dict, label, classes: int) -> plt.Figure:
+    """A panel for each {title: x [N, 2]}, a colour for each class of label [N]."""
     fig, axes = page(len(panels), 5.4, 4.8)
     for ax, (title, x) in zip(axes, panels.items()):
-        dots = ax.scatter(*x.T, s=3, c=owner, cmap=plt.get_cmap("turbo", number), vmin=-0.5, vmax=number - 0.5)
+        dots = ax.scatter(*x.T, s=3, c=label, cmap=plt.get_cmap("turbo", classes), vmin=-0.5, vmax=classes - 0.5)
         ax.set(title=title, **VIEW)
-    fig.colorbar(dots, ax=axes[-1], label=what, ticks=range(0, number, math.ceil(number / 16)))
-    return fig, axes
+    fig.colorbar(dots, ax=axes[-1], label="class", ticks=range(0, classes, math.ceil(classes / 16)))
+    return fig
 
 
 METRICS = {
@@ -383,13 +381,6 @@ def against_k(results: dict, rows: dict) -> plt.Figure:
 
 # ---- the command
 
-def folder_of(out: Path, results: dict, tag: str, K, stage: str) -> Path:
-    """Where students lie, of the first seed; by noise level the tags are o2mkd and o2mkd-TAG."""
-    home, suffix = out / f"seed{results['seeds'][0]}", run.suffix(tag)
-    by_noise = home / f"o2mkd{K}{suffix.removeprefix('-o2mkd')}"
-    return by_noise if "method" in results else home / f"students{K}{suffix}" / stage
-
-
 def draw(out, tag: str = "") -> list[Path]:
     """Draw every figure that the files of a run folder allow; returns their paths."""
     out, suffix = Path(out), run.suffix(tag)
@@ -397,7 +388,9 @@ def draw(out, tag: str = "") -> list[Path]:
     home, rows, toy = out / f"seed{results['seeds'][0]}", results["stages"], results["metric"] == "l1"
     ks, by_noise, shown = sorted(map(int, results["students"])), "method" in results, []
     last = "o2mkd" if by_noise else list(rows)[-1]
-    folder = functools.partial(folder_of, out, results, tag)
+
+    def folder(K: int, stage: str) -> Path:  # where students lie; by noise level the tags are o2mkd and o2mkd-TAG
+        return home / (f"o2mkd{K}{suffix.removeprefix('-o2mkd')}" if by_noise else f"students{K}{suffix}/{stage}")
     for K in sorted({ks[0], ks[-1]}) if toy else ks:
         title = f"{K} student{'s' * (K > 1)}, {'in turn' if by_noise else 'one evaluation'}"
         shown.append((title, results["students"][str(K)], folder(K, last)))

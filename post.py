@@ -13,7 +13,7 @@ import torch
 from common import AdamW, Average, learning_rate
 from dmd import one_step, regression_loss
 
-NAME, BY = "post", "real_select"  # the reference that a student's best checkpoint is nearest to: data
+NAME, BY = "post", "real_select"  # data
 USES = {name: f"dm.{name}" for name in ("pairs", "batch", "beta1", "beta2", "decay", "warmup", "clip_norm", "ema",
                                         "distance", "select_samples", "eval_every", "conditioning_sigma")}
 USES |= {"post_lr": "dm.reg_lr", "student_size": "student_size"}
@@ -35,7 +35,7 @@ def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
     average, opt_G = Average(G, f.ema, task.select), AdamW(G, run, (f.beta1, f.beta2), f.clip_norm)
     state = dict(G=G, **average.state(), opt_G=opt_G)
     for step in run.steps(state):
-        for batch in run.batches(step):  # one, unless ranks or --micro-batch ask for more
+        for batch in run.batches(step):
             z, _, label = task.pairs(batch)  # [M, b, *shape], [M, b]; of --pairs, a fixed set, as in DM
             with torch.no_grad():
                 y = one_step(task.imitated, z, label)
@@ -44,7 +44,6 @@ def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
         average.update(step)
         if (step + 1) % 50 == 0:
             run.log(step + 1, regression=loss)
-        if (step + 1) % f.eval_every == 0 or step + 1 == steps:
-            average.choose(run, step + 1)
+        average.choose(run, step + 1, f.eval_every)
         run.save(step + 1, state)
     return {"best.pt": average.best, "ema.pt": average.now}

@@ -180,8 +180,8 @@ def judge(comparisons: dict, numbers: dict[str, list[float]]) -> tuple[str, dict
         n = min(len(low), len(high))  # the seeds that both have
         found[comparison] = evaluate.verdict(low[:n], high[:n])
     tested = [v for v in found.values() if v["p"] is not None]
-    p_of_claim, p_of_reverse = [v["p"] for v in tested], [1 - v["p"] for v in tested]
-    for v, p, reverse in zip(tested, evaluate.holm(p_of_claim), evaluate.holm(p_of_reverse)):
+    p_of_claim = [v["p"] for v in tested]
+    for v, p, reverse in zip(tested, evaluate.holm(p_of_claim), evaluate.holm([1 - p for p in p_of_claim])):
         v["p"] = min(p, reverse)
         v["verdict"] = "holds" if p <= 0.05 else "the reverse holds" if reverse <= 0.05 else "not told apart"
     n, count = len(found), Counter(v["verdict"] for v in found.values())

@@ -1,6 +1,6 @@
 """Run folders: flags of every run, atomic files, config.json, checkpoints, and the steps of a training between them.
 
-A stage's folder holds config.json, metrics.csv, state.pt, state.prev.pt, and at the end ema.pt, best.pt, done.json.
+A stage's folder holds config.json, metrics.csv, state.pt, state.prev.pt, and at the end ema.pt, best.pt.
 Not here: what is trained (the stages), who is trained together (students.py).
 """
 import contextlib
@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from common import Batch, Draws, Ranks, world
+from common import Batch, Draws, Ranks
 from flags import UserError, flag, of_machine
 
 THREADS = min(8, torch.get_num_threads())  # fewer: OMP_NUM_THREADS
@@ -104,11 +104,6 @@ def keep_memory() -> None:
         library = ctypes.CDLL(None)
         if library.mallopt(-3, 1 << 30):  # M_MMAP_THRESHOLD of malloc.h; old ones refuse as much
             library.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-
-
-def start(flags: Flags) -> Ranks:
-    """The ranks of this command, which know their device."""
-    return world(device(flags.device))
 
 
 def paced(steps):
@@ -206,10 +201,10 @@ def load_shards(folder: Path, name: str, number: int = 0) -> Tensor:
     return torch.cat([load_tensors(p)["y"] for p in paths or [shard(folder, name, 0)]])  # none: says what is missing
 
 
-def bar(iterable, name: str, total: int | None, quiet: bool = False, **more):
+def bar(iterable, name: str, quiet: bool = False, **more):
     """A progress bar."""
-    off = {"disable": True} if quiet or total == 0 else {}  # else as TQDM_DISABLE says
-    return tqdm(iterable, desc=name, total=total, mininterval=0.5, dynamic_ncols=True, **off, **more)
+    off = {"disable": True} if quiet or not iterable else {}  # else as TQDM_DISABLE says
+    return tqdm(iterable, desc=name, mininterval=0.5, dynamic_ncols=True, **off, **more)
 
 
 # ---- folders
@@ -275,7 +270,7 @@ def finished(folder: Path, results: tuple[str, ...]) -> bool:
     return all((folder / name).exists() for name in results)
 
 
-def unfinished(folders: list[Path], results: tuple[str, ...], stacked: bool = True) -> list[list[Path]]:
+def unfinished(folders: list[Path], results: tuple[str, ...], stacked: bool) -> list[list[Path]]:
     """Folders without these results, in groups of equal step, that can train as one stack."""
     left = [f for f in folders if not finished(f, results)]
     if not stacked or not left:
@@ -310,7 +305,7 @@ class Run:
         self.flops, self.of_net = 0.0, {}  # of training, of one student; {network: of a pass, of one sample}
 
     def batches(self, step: int, of: str = "{}") -> list[Batch]:
-        """The micro-batches of an update. of: see Batch."""
+        """The micro-batches of an update: one, unless ranks or --micro-batch ask for more. of: see Batch."""
         return [Batch(self.draws, step, self.batch, self.shape, part, of) for part in self.slices]
 
     def steps(self, state: dict):
@@ -324,7 +319,8 @@ class Run:
         hook = register_module_forward_hook(self._count)
         before = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            with bar(range(begin, self.length), self.title, self.length, not self.main, initial=begin) as self.bar:
+            left = range(begin, self.length)
+            with bar(left, self.title, not self.main, total=self.length, initial=begin) as self.bar:
                 yield from paced(self.bar) if self.pace and THREADS > 1 else self.bar
         finally:
             hook.remove()
@@ -360,15 +356,11 @@ class Run:
             for key, part in state.items():
                 load = part.update if isinstance(part, dict) else part.load_state_dict
                 load(parts[key])
-        for folder in self.folders if self.main else ():
-            self._trim(folder / "metrics.csv", begin)
+        for path in [folder / "metrics.csv" for folder in self.folders] if self.main else ():  # not past `begin`
+            lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+            kept = [line for line in lines if re.match(r"\d+,", line) and int(line.split(",")[0]) <= begin]
+            write_atomic(path, lambda t: t.write_text("".join(["step,seconds,student,name,value\n", *kept])))
         return begin
-
-    def _trim(self, path: Path, begin: int) -> None:
-        """Drop the rows of metrics.csv past the step that is resumed."""
-        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if re.match(r"\d+,", line) and int(line.split(",")[0]) <= begin]
-        write_atomic(path, lambda t: t.write_text("".join(["step,seconds,student,name,value\n", *kept])))
 
     def seconds(self) -> float:
         """Of training, in all sessions."""

@@ -105,12 +105,12 @@ def main(argv=None):
         made[who] = make_pairs(D, z[None], label[None], steps, generator=g, **how)[0].cpu()
     cost = dict.fromkeys(made, edm.evaluations(steps, flags.sampler))
     if one_step:
-        made["students"] = msd.sampled(one_step, msd.router_of(one_step), z, label, device)
+        made["students"] = msd.sampled(one_step, z, label, device)
         cost["students"] = 1
     label = label.cpu().numpy()
     if facts.stacked:
         paths = [save_npz(f"{flags.out}.npz", {"label": label, "seed": np.array(seeds), **made})]
-        picture, _ = plot.scatter(made, label, facts.classes, "class")
+        picture = plot.scatter(made, label, facts.classes)
     else:
         made, paths, columns = {who: to_uint8(x) for who, x in made.items()}, [], min(20, round(len(seeds) ** 0.5))
         for who, x in made.items():

@@ -30,7 +30,7 @@ ARGUMENTS = {  # what our networks have: see _fits. Numbers: the length of the f
     "encoder_type": {"standard", "skip", "residual"}, "decoder_type": {"standard", "skip"}, "resample_filter": [ANY],
 }
 SAME = dict(sigma_data=0.5, channel_mult_emb=4, label_dim=0)
-DEFAULTS = {  # of EDMPrecond and the networks: files leave them out. In the order of our Size, then the rest
+DEFAULTS = {  # of EDMPrecond and the networks: files leave them out. In the order of our Size
     "DhariwalUNet": dict(model_channels=192, channel_mult=[1, 2, 3, 4], num_blocks=3, attn_resolutions=[32, 16, 8]),
     "SongUNet": dict(model_channels=128, channel_mult=[1, 2, 2, 2], num_blocks=4, attn_resolutions=[16],
                      channel_mult_noise=1, embedding_type="positional", encoder_type="standard",
@@ -55,15 +55,14 @@ class Snapshot:
 
 def read(path) -> Snapshot:
     """The averaged network ("ema") in NVIDIA's file. UserError if it is damaged, hostile or of another kind."""
-    with run.reading(path):
-        with open(path, "rb") as file:
-            try:
-                held = _Reader(file).load()
-                if "ema" not in held:
-                    raise ValueError(f"it holds {_said(', '.join(map(str, held)))}: StyleGAN's, or another's")
-                return _network(held["ema"], file.seek(0, 2))
-            except MemoryError:
-                raise ValueError("a length that no memory holds") from None
+    with run.reading(path), open(path, "rb") as file:
+        try:
+            held = _Reader(file).load()
+            if "ema" not in held:
+                raise ValueError(f"it holds {_said(', '.join(map(str, held)))}: StyleGAN's, or another's")
+            return _network(held["ema"], file.seek(0, 2))
+        except MemoryError:
+            raise ValueError("a length that no memory holds") from None
 
 
 def _network(ema, length: int) -> Snapshot:

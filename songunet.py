@@ -1,9 +1,9 @@
 """SongUNet: the U-Nets DDPM++ and NCSN++, of EDM's released teachers for CIFAR-10, FFHQ and AFHQv2.
 
 As unet.py, with these differences [Song et al. 2021, App. H; EDM Table 8]: the embedding is added to a block's
-features, every sum of two is divided by sqrt 2, attention has one head and in the decoder stands at the end of a level
-alone, resolutions change by a filter, and in the skip and residual variants the image itself enters every level. All is
-float32, on a GPU too.
+features, every sum of two is divided by sqrt 2, attention has one head and in the decoder stands first of all and at
+the end of a level, resolutions change by a filter, and in the skip and residual variants the image itself enters every
+level. All is float32, on a GPU too.
 
 Departures: the class's bias is part of map_layer0's, classes are rows of a table; a new network has PyTorch's first
 weights, and last layers of 0; no augmentation label, which is NVIDIA's at 0.
@@ -32,10 +32,6 @@ class Size(NamedTuple):
     encoder: str = "standard"  # skip: the shrunk image enters every level; residual: what became of it
     decoder: str = "standard"  # skip: every level adds to the grown image
     filter: tuple[int, ...] = (1, 1)  # of resampling, in each direction
-
-
-DDPMPP = Size(128, (2, 2, 2), 4)  # edm-cifar10-32x32-*-vp.pkl
-NCSNPP = Size(128, (2, 2, 2), 4, (16,), 2, "fourier", "residual", "standard", (1, 3, 3, 1))  # …-ve.pkl
 
 
 def kernel(filter) -> Tensor:
@@ -101,12 +97,12 @@ class Block(unet.Block):
 class SongUNet(nn.Module):
     """F(x, c_noise, label) -> [..., C, H, W]: see unet.UNet. ValueError if the resolution does not halve."""
 
-    def __init__(self, resolution: int, channels: int, classes: int, size: Size = DDPMPP):
+    def __init__(self, resolution: int, channels: int, classes: int, size: Size):
         super().__init__()
         width, embed, last = size.width, 4 * size.width, len(size.mult) - 1
         if resolution % 2 ** last:
             raise ValueError(f"resolution {resolution} does not halve {last} times")
-        self.size, self.precision, n = size, None, size.noise * width
+        self.size, n = size, size.noise * width
         fourier, k = size.embedding == "fourier", torch.arange(n // 2)
         turns = 32 * math.pi * torch.randn(n // 2) if fourier else 10_000.0 ** (-k / (n // 2 - 1))
         self.register_buffer("frequency", turns, persistent=fourier)
@@ -160,7 +156,7 @@ class SongUNet(nn.Module):
         embed = embed if label is None else embed + self.map_label(label.flatten())
         embed = F.silu(self.map_layer1(F.silu(self.map_layer0(embed))))
         enc, dec, blocks, skips = self.enc, self.dec, range(self.size.blocks), []
-        h = beside = x.reshape(-1, *x.shape[-3:]).to(self.precision or x.dtype)
+        h = beside = x.reshape(-1, *x.shape[-3:])
         for at in self.levels:  # beside h: the shrunk image, or what became of it
             h = enc[f"{at}_down"](h, embed) if skips else enc[f"{at}_conv"](h)
             if f"{at}_aux_skip" in enc:
@@ -183,5 +179,5 @@ class SongUNet(nn.Module):
             if f"{at}_aux_conv" in dec:
                 made = dec[f"{at}_aux_conv"](F.silu(dec[f"{at}_aux_norm"](h)))
                 out = made if out is None else made + dec[f"{at}_aux_up"](out)
-        out = out.reshape(x.shape).to(x.dtype)
+        out = out.reshape(x.shape)
         return (out, bottleneck) if features else out

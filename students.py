@@ -1,7 +1,7 @@
 """Students, in general: what they start from, where they lie, what a stage's loop is handed, and `distil`.
 
 A stage is a module: NAME, BY (the reference that chooses its best checkpoint), USES (flags of others that its result
-depends on), length, train. Not here: a student's classes (msd.py), teacher and pairs (teacher.py).
+depends on), length, passes, train. Not here: a student's classes (msd.py), teacher and pairs (teacher.py).
 """
 import functools
 import hashlib
@@ -23,7 +23,7 @@ import snapshot
 import tsm
 from common import Draws, Ranks, Student
 from flags import UserError, settings, values
-from run import load_json, load_tensors, save_json, save_tensors
+from run import load_json, load_tensors, save_tensors
 
 ONE_STEP = ("post", "cd", "dm", "adm")  # stages that leave generators; the last one there is, is served
 
@@ -35,7 +35,7 @@ class Network:
     """A checkpoint: a frozen stack."""
     net: edm.Precond
     facts: data.Facts
-    size: object  # a name in facts.sizes, or fields
+    size: object  # a name in facts.fields, or fields
     parts: list | None  # the students' classes; None: a teacher
     seconds: float = 0.0  # of training
     flops: float = 0.0  # of training one student, in all stages
@@ -375,10 +375,9 @@ def _train(stage, folders: dict, inputs: dict, flags, ranks: Ranks) -> None:
                        facts.name == "toy" and ranks.device.type == "cpu")
     kept = stage.train(training, flags, Task(stage, students, shares, inputs, flags, ranks))
     for folder, slots in slices.items() if training.main else ():
-        cost = {"seconds": training.seconds(), "flops": training.flops + students[slots][0].start.flops}
-        about = {"dataset": facts.name, "resolution": facts.resolution, "size": first.start.size, **cost}
+        about = {"dataset": facts.name, "resolution": facts.resolution, "size": first.start.size,
+                 "seconds": training.seconds(), "flops": training.flops + students[slots][0].start.flops}
         about |= {} if stage is edm else {"partition": [s.classes for s in students[slots]]}
-        save_json(folder / "done.json", cost)
         for file, net in kept.items():
             about |= {"sigma_min": net.sigma_min, "sigma_in": net.sigma_in}
             save_tensors(folder / file, {**about, "net": rows_of(net, slots, len(students))})
@@ -411,14 +410,13 @@ def load_students(folder, file: str = "best.pt") -> Students:
     """A stage folder (seed0/students8/adm), or the last stage of seed0/students8. OSError if one is not trained."""
     folder = Path(folder)
     folder = next((folder / stage for stage in reversed(ONE_STEP) if list((folder / stage).glob(f"**/{file}"))), folder)
-    if not list(folder.glob("student[0-9]*")):
-        found = load_network(folder / file)
-        parts = [torch.tensor(p) for p in found.parts or ()]
-        return Students(found.facts, parts, found.net, [folder / file], found.seconds, found.flops * len(parts))
-    about = load_json(folder / "student0" / "config.json", "students", "dataset")
-    homes = [folder / f"student{k}" for k in range(about["students"])]
-    done = [load_json(home / "done.json", "seconds") for home in homes]
-    seconds, flops = (sum(d.get(name, 0.0) for d in done) for name in ("seconds", "flops"))
-    parts = [torch.tensor(load_json(home / "config.json", "classes")["classes"]) for home in homes]
-    facts = data.facts(about["dataset"], about.get("resolution", 0))
-    return Students(facts, parts, None, [home / file for home in homes], seconds, flops)
+    files = [folder / file]
+    if list(folder.glob("student[0-9]*")):
+        number = load_json(folder / "student0" / "config.json", "students")["students"]
+        files = [folder / f"student{k}" / file for k in range(number)]
+    saved = [load_tensors(path, "dataset", "partition", mmap=True) for path in files]
+    facts = data.facts(saved[0]["dataset"], saved[0].get("resolution", 0))
+    parts = [torch.tensor(Y_k) for s in saved for Y_k in s["partition"]]
+    seconds = sum(s.get("seconds", 0.0) for s in saved)
+    flops = sum(s.get("flops", 0.0) * len(s["partition"]) for s in saved)
+    return Students(facts, parts, load_network(files[0]).net if facts.stacked else None, files, seconds, flops)

@@ -84,7 +84,7 @@ def prepare(flags, ranks: Ranks, students_by_class: bool = True, churn=edm.Churn
     if t.which == "train":
         origin |= {k: v for k, v in values(t).items() if k != "label_dropout" or v}
     origin |= {"cfg": t.cfg} if t.cfg != 1 else {}
-    size, net = (network.size, network.net.to(ranks.device)) if network else (t.size or facts.sizes[0], None)
+    size, net = (network.size, network.net.to(ranks.device)) if network else (t.size or "B", None)
     given = {seed: Given(seed, facts, source, {**origin, "seed": seed}, exact, t.cfg, size, net, real=source)
              for seed in flags.run.all_seeds()}
     with run.alone([Path(flags.run.out) / "data"], ranks):  # jobs of an array share all this
@@ -103,17 +103,19 @@ def prepare(flags, ranks: Ranks, students_by_class: bool = True, churn=edm.Churn
                 if exact:  # what determines the weights that TSM makes
                     of_tsm = values(flags.tsm) | {"tsm_decay": t.decay}
                     g.ancestry["weights of exact"] = [of_tsm, t.noise_law, t.P_mean, t.P_std, t.size, flags.init]
-                g.pairs = _pairs(flags, g, ranks)
+                folder, n = Path(flags.run.out) / f"seed{g.seed}" / "pairs", flags.dm.pairs
+                made = solve(folder / str(n), "pairs", n, g, t.sampler_steps, ranks)
+                g.pairs = {k: v.to(ranks.device) for k, v in made.items()}  # D_paired
             g.references = _references(flags, g, ranks, churn)
         if not students_by_class:
             return given
+        D, real = students.whole(facts, flags.dm.pairs), source
         if flags.real == "generated":
             y, label = (torch.cat([g.pairs[k] for g in given.values()]) for k in ("y", "label"))
             generated = data.Generated(y, label, list(given))
+            D, real = D._replace(real=D.pair_label.unique()), lambda: generated
         for g in given.values():
-            g.real = source if flags.real == "data" else lambda: generated
-            D = students.whole(facts, flags.dm.pairs)
-            g.D = D._replace(real=D.pair_label.unique()) if flags.real == "generated" else D
+            g.D, g.real = D, real
     return given
 
 
@@ -144,9 +146,8 @@ def _at_hand(flags, images: data.Images, ranks: Ranks, students_by_class: bool) 
                             f"(--eval-samples); there are {few}")
     if ranks.rank == 0 and flags.run.features:
         fid.Inception(flags.run.features, ranks.device)
-    if ranks.rank == 0 and students_by_class and flags.dm.distance == "lpips":
-        if {"post", "cd"} & {*flags.order()} or "dm" in flags.order() and flags.dm.reg_weight > 0:
-            dmd.lpips_distance("cpu")
+    if ranks.rank == 0 and students_by_class and dmd.with_lpips(flags):
+        dmd.lpips_distance("cpu")
     ranks.wait()
 
 
@@ -154,7 +155,7 @@ def _networks(flags, given: dict[int, Given], ranks: Ranks) -> None:
     """Train the teachers; for the closed form networks by TSM."""
     facts, stage = next(iter(given.values())).facts, edm
     if flags.teacher.which == "exact":
-        if Path(flags.init).is_file() and (start := students.checkpoint(flags.init, facts)).size == facts.sizes[0]:
+        if Path(flags.init).is_file() and (start := students.checkpoint(flags.init, facts)).size == "B":
             for g in given.values():
                 g.net = start.load().to(ranks.device)
             return
@@ -188,7 +189,7 @@ def solve(folder: Path, purpose: str, number: int, given: Given, steps: int, ran
         asked = {"pairs" if purpose == "pairs" else "eval_samples": number}
         run.check_config(folder, {**given.lineage, "sampler_steps": steps, **asked, **churn})
         todo = [i for i in ranks.share(len(parts)) if not run.shard(folder, purpose, i).exists()]
-        for i in run.bar(todo, f"sampling ({purpose})", len(todo), ranks.rank > 0):
+        for i in run.bar(todo, f"sampling ({purpose})", ranks.rank > 0):
             g = dict(churn, generator=generator(given.seed, purpose, i, device=ranks.device)) if churn else {}
             y = make_pairs(given.mu_teacher, *(v.to(ranks.device) for v in parts[i]), steps, **g)[0].cpu()
             run.save_tensors(run.shard(folder, purpose, i), {"y": y if facts.stacked else y.half()})
@@ -197,14 +198,6 @@ def solve(folder: Path, purpose: str, number: int, given: Given, steps: int, ran
     if y.shape != z.shape[1:]:
         raise UserError(f"{folder}: damaged; without it, it is made anew")
     return {"z": z, "y": y[None], "label": label}
-
-
-def _pairs(flags, given: Given, ranks: Ranks) -> dict:
-    """D_paired of a seed, on the device."""
-    number, steps = flags.dm.pairs, flags.teacher.sampler_steps
-    folder = Path(flags.run.out) / f"seed{given.seed}" / "pairs" / str(number)
-    made = solve(folder, "pairs", number, given, steps, ranks)
-    return {k: v.to(ranks.device) for k, v in made.items()}
 
 
 def _references(flags, given: Given, ranks: Ranks, churn: dict) -> dict:

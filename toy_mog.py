@@ -10,7 +10,8 @@ What is here                                                    source
   prompts: the same classes, asked for by embeddings            a first step towards text, without a text encoder
   histogram, l1, coverage: how good are these samples?          [MSD App. D.1]
 
-Shapes: `...` stands for any leading dimensions: [B], or [K, B] for K stacked students.
+Shapes: `...` stands for any leading dimensions: [B], or [K, B] for K stacked students. A label is a class, or a prompt,
+which asks for class label % CLASSES.
 
 Departures from the paper
  1. The rings' phase is not stated; the first Gaussian of every ring stands at angle 0, and class c at angle 2 pi c / 8.
@@ -45,7 +46,7 @@ def sample(label: Tensor, generator: torch.Generator) -> Tensor:
     """Exact samples x [..., 2] of the classes in `label` [...] (int64)."""
     mode = torch.randint(MODES, label.shape, generator=generator, device=generator.device)
     noise = torch.randn(*label.shape, 2, generator=generator, device=generator.device)
-    return means(label.device)[label, mode] + STD * noise
+    return means(label.device)[label % CLASSES, mode] + STD * noise
 
 
 def _log_components(x: Tensor, sigma: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -53,7 +54,7 @@ def _log_components(x: Tensor, sigma: Tensor, label: Tensor | None) -> tuple[Ten
 
     M = MODES given a label, all 64 without one. Diffused by sigma, each Gaussian has variance STD^2 + sigma^2."""
     m = means(x.device, x.dtype)
-    m = m.flatten(0, 1) if label is None else m[label]  # [64, 2] or [..., M, 2]
+    m = m.flatten(0, 1) if label is None else m[label % CLASSES]  # [64, 2] or [..., M, 2]
     var = (STD ** 2 + sigma ** 2)[..., None]  # [..., 1]
     square = (x[..., None, :] - m).square().sum(-1)  # [..., M]
     return -square / (2 * var) - torch.log(2 * math.pi * var * m.shape[-2]), m
@@ -87,12 +88,7 @@ def prompts() -> Tensor:
     word = 0.5 * torch.randn(CLASSES, PROMPT_SIZE, generator=g)
     angle = 2 * math.pi * (torch.arange(CLASSES) + 0.5) / CLASSES
     word[:, :2] = torch.stack([angle.cos(), angle.sin()], -1)
-    return word[prompt_class(torch.arange(PROMPTS))] + 0.1 * torch.randn(PROMPTS, PROMPT_SIZE, generator=g)
-
-
-def prompt_class(label: Tensor) -> Tensor:
-    """The class [...] that each prompt label [...] asks for."""
-    return label % CLASSES
+    return word[torch.arange(PROMPTS) % CLASSES] + 0.1 * torch.randn(PROMPTS, PROMPT_SIZE, generator=g)
 
 
 class ToyNet(nn.Module):
@@ -111,10 +107,9 @@ class ToyNet(nn.Module):
     layer [K, B, width], the bottleneck; "only": it alone, without what follows."""
     LOWEST, HIGHEST, CUTOFF, SIGMA_DATA = 0.5, 60.0, 48.0, 0.5
 
-    def __init__(self, students: int = 1, width: int = 64, depth: int = 2, classes: int = CLASSES,
-                 embeddings: Tensor | None = None):
+    def __init__(self, students: int = 1, width: int = 64, depth: int = 2, embeddings: Tensor | None = None):
         super().__init__()
-        self.students, self.width, self.depth, self.classes, self.bottleneck = students, width, depth, classes, (width,)
+        self.depth, self.bottleneck = depth, (width,)
         waves, embed, octaves = 2 * width, width // 2, 8
 
         def parameter(value: Tensor) -> nn.Parameter:  # every student starts from the same values
@@ -129,7 +124,7 @@ class ToyNet(nn.Module):
         self.register_buffer("octaves", math.pi / 16 * 2.0 ** torch.arange(octaves), persistent=False)
         self.w_noise = normal(2 * octaves, embed, std=octaves ** -0.5)
         self.register_buffer("E", embeddings, persistent=False)
-        rows = classes if embeddings is None else embeddings.shape[1]
+        rows = CLASSES if embeddings is None else embeddings.shape[1]
         self.table = normal(rows, embed, std=1.0)  # the class embedding, or the layer that E[label] goes through
         self.b_embed = normal(1, embed, std=0.5)
         self.w_wave = parameter(frequency * torch.stack([angle.cos(), angle.sin()]))  # [K, 2, waves]
@@ -173,22 +168,16 @@ class ToyNet(nn.Module):
         return self.table[0].detach() if self.E is None else self.E
 
 
-def toy_net(students: int = 1, size: str | tuple = "B", embeddings: Tensor | None = None) -> ToyNet:
-    """A stack of ToyNets of one of the SIZES, or of a (width, depth) of its own."""
-    width, depth = SIZES[size] if isinstance(size, str) else size
-    return ToyNet(students, width, depth, embeddings=embeddings)
-
-
 # ---- how good?
 
-def histogram(x: Tensor, bins: int = BINS) -> Tensor:
-    """Counts [bins^2 + 1] of all points of x [..., 2] in [-EXTENT, EXTENT]^2, and in a last bin for those outside.
+def histogram(x: Tensor) -> Tensor:
+    """Counts [BINS^2 + 1] of all points of x [..., 2] in [-EXTENT, EXTENT]^2, and in a last bin for those outside.
 
     [MSD App. D.1]. Not-a-number counts as outside."""
-    cell = ((x.reshape(-1, 2).double() + EXTENT) * (bins / (2 * EXTENT))).floor()
-    inside = ((cell >= 0) & (cell < bins)).all(-1)
-    index = torch.where(inside, cell[:, 0] * bins + cell[:, 1], torch.full_like(cell[:, 0], bins * bins))
-    return torch.bincount(index.long(), minlength=bins * bins + 1)
+    cell = ((x.reshape(-1, 2).double() + EXTENT) * (BINS / (2 * EXTENT))).floor()
+    inside = ((cell >= 0) & (cell < BINS)).all(-1)
+    index = torch.where(inside, cell[:, 0] * BINS + cell[:, 1], BINS * BINS)
+    return torch.bincount(index.long(), minlength=BINS * BINS + 1)
 
 
 def l1(h: Tensor, h_ref: Tensor) -> float:
@@ -204,7 +193,7 @@ def astray(x: Tensor, label: Tensor) -> Tensor:
 
 def nearest(x: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """Distance [N] of points x [N, 2] from the nearest Gaussian of their class label [N], and which of MODES it is."""
-    return (x[:, None] - means(x.device)[label]).norm(dim=-1).min(-1)
+    return (x[:, None] - means(x.device)[label % CLASSES]).norm(dim=-1).min(-1)
 
 
 def coverage(x: Tensor, label: Tensor) -> dict:
@@ -214,7 +203,7 @@ def coverage(x: Tensor, label: Tensor) -> dict:
     mode_min, mode_max: the emptiest and fullest Gaussian's share of all points, 1 = its fair share
     even: the emptiest one's share of the points within, 1 = its fair share: strays do not count
     modes: effective number of Gaussians (exp of the entropy of the shares of the points within), at most 64"""
-    x, label = x.reshape(-1, 2), label.reshape(-1)
+    x, label = x.reshape(-1, 2), label.reshape(-1) % CLASSES
     distance, mode = nearest(x, label)
     near = distance < 4 * STD
     seen = label.unique()

@@ -17,7 +17,6 @@ Departures from the paper
  2. In later stages only G is small: the fake denoiser stays as large as the teacher.
 
 Run      python tsm.py --dataset toy --student-size XS
-Many GPUs    torchrun --nproc-per-node 8 tsm.py --dataset imagenet64 --student-size XS
 """
 from dataclasses import dataclass
 
@@ -84,7 +83,7 @@ def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
     average, opt = Average(D, f.ema), AdamW(D, run)
     state = dict(D=D, **average.state(), optimizer=opt)
     for step in run.steps(state):
-        for batch in run.batches(step):  # one, unless ranks or --micro-batch ask for more
+        for batch in run.batches(step):
             x, label = task.real(batch)  # [M, b, *shape], [M, b]
             sigma = edm.draw_sigma(batch, flags.teacher)  # [M, b]
             losses = tsm_loss(D, task.teacher, x, label, sigma, batch.normal("noise"))  # [MSD Eq. 3]
@@ -97,6 +96,6 @@ def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
     return {"ema.pt": average.now}
 
 
-if __name__ == "__main__":  # this stage alone, one student for all classes
+if __name__ == "__main__":
     import msd
-    raise SystemExit(msd.main(["--students", "1", "--stages", "tsm", *__import__("sys").argv[1:]]))
+    msd.alone(NAME)

@@ -1,8 +1,8 @@
-"""The ADM U-Net as EDM trains it for ImageNet-64: every network of images.
+"""The ADM U-Net as EDM trains it for ImageNet-64: the network of images, but for SongUNet teachers'.
 
 Residual blocks with skip connections, self-attention at low resolutions, noise level and class entering every block as
 a scale and a shift [Dhariwal and Nichol 2021, App. A; EDM Table 8]. Weights and embeddings are float32; on a GPU all
-between the first and the last convolution runs in bfloat16 (float16 diverges).
+from the first to the last convolution runs in bfloat16 (float16 diverges).
 
 Departures: classes are rows of a table; queries, keys and values lie in three blocks, not interleaved (snapshot.py
 translates); attention is PyTorch's fused one; dropout is 0.
@@ -108,12 +108,11 @@ class Block(nn.Module):
 class UNet(nn.Module):
     """F(x, c_noise, label) -> [..., C, H, W], for x [..., C, H, W], c_noise [...], label [...] (None: no class).
 
-    resolution: H = W; size: a Size, or its name in `sizes`. features=True: also the encoder's last output
-    [..., *bottleneck]; "only": it alone. ValueError if the resolution does not halve."""
+    resolution: H = W. features=True: also the encoder's last output [..., *bottleneck]; "only": it alone. ValueError if
+    the resolution does not halve."""
 
-    def __init__(self, resolution: int, channels: int, classes: int, size: str | Size = "B", sizes: dict = SIZES):
+    def __init__(self, resolution: int, channels: int, classes: int, size: Size):
         super().__init__()
-        size = sizes[size] if isinstance(size, str) else size
         width, embed, last = size.width, 4 * size.width, len(size.mult) - 1
         if resolution % 2 ** last:
             raise ValueError(f"resolution {resolution} does not halve {last} times")

@@ -101,7 +101,7 @@ def sizes(given) -> None:
     """Two cost: a batch of 2 against one of 1; near 1: bound by launches, near 2: by arithmetic."""
     facts, times = data.facts(given.dataset), {}
     many = 16_384 if facts.stacked else 64 if GPU or facts.native < 64 else 4
-    nets = {name: edm.Precond(facts.net(1, name), facts.sigma_data).to(DEVICE) for name in given.sizes}
+    nets = {name: edm.Precond(facts.net(1, name), facts.sigma_data).to(DEVICE) for name in given.fields}
     for name, n in [(name, n) for name in nets for n in (1, 2, many)] * (2 if given.quick else 6 if many == 4 else 100):
         z, label = torch.randn(1, n, *facts.shape, device=DEVICE), torch.zeros(1, n, dtype=torch.int64, device=DEVICE)
         times.setdefault((name, n), []).append(seconds(lambda: dmd.one_step(nets[name], z, label)))
@@ -116,12 +116,12 @@ def sizes(given) -> None:
 def samples(given) -> None:
     folder = Path(given.samples[0])
     found = students.load_students(folder).to(DEVICE)
-    facts, router = found.facts, msd.router_of(found)
+    facts = found.facts
     D = students.load_network(folder.parent / "teacher" / "ema.pt").net.to(DEVICE)
     number = 8 if given.quick else 16_384 if facts.stacked else 100
     steps = run.load_json(folder.parent / "reference" / "config.json", "sampler_steps")["sampler_steps"]
     label, z = data.stratified(number, facts.classes), torch.randn(number, *facts.shape)
-    fast = throughput(lambda: msd.sampled(found, router, z, label, DEVICE), number)
+    fast = throughput(lambda: msd.sampled(found, z, label, DEVICE), number)
     slow = throughput(lambda: edm.heun(D, z[None].to(DEVICE), label[None].to(DEVICE), steps).cpu(), number)
     print(f"samples a second: teacher, {steps} steps: {slow:,.0f}; students: {fast:,.0f}; ratio {fast / slow:.1f}")
 
@@ -181,7 +181,7 @@ def main_job(given) -> None:
         setattr(place, name, wrapped)
     timed(students, "_train", lambda stage, *rest: f"training: {stage.NAME}")
     timed(teacher, "solve", lambda folder, purpose, *rest: f"the teacher's samples: {purpose}")
-    timed(evaluate, "measure_all", lambda *rest: "sampling and measuring the students")
+    timed(evaluate, "collected", lambda *rest: "sampling and measuring the students")
     timed(plot, "draw", lambda *rest: "figures")
     loop = run.Run.seconds
 

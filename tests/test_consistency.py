@@ -32,7 +32,7 @@ def test_f_is_the_identity_at_sigma_min_bit_for_bit(dtype):
     sigma = torch.full((1, 50), edm.SIGMA_MIN, dtype=dtype)
     assert torch.equal(consistency.student_of(D)(x, sigma, label), x)
     assert not torch.equal(D(x, sigma, label), x)
-    net = unet.UNet(16, 1, 10, "XXS", unet.LAPTOP).to(dtype)
+    net = unet.UNet(16, 1, 10, unet.LAPTOP["XXS"]).to(dtype)
     torch.nn.init.normal_(net.out_conv.weight)
     x, label = torch.randn(1, 3, 1, 16, 16, dtype=dtype), torch.zeros(1, 3, dtype=torch.int64)
     sigma = edm.sigma_bins(40).to(dtype)[:1].expand(1, 3)  # as training reads it from the grid
@@ -140,7 +140,7 @@ def test_real_data_are_the_students_own_and_the_teacher_is_frozen(tmp_path, draw
 
 def copies(D, M: int) -> edm.Precond:
     """M copies of a stack of one."""
-    net = edm.Precond(toy_mog.ToyNet(M, D.net.width), 0.5)
+    net = edm.Precond(toy_mog.ToyNet(M, *D.net.bottleneck), 0.5)
     net.load_state_dict({k: torch.cat([v] * M) for k, v in D.state_dict().items()})
     return net
 

@@ -156,8 +156,8 @@ def test_a_stacks_updates_are_plain_torchs(tmp_path, double):
             opt.backward((x @ net["w"] - target)[:, batch.part].square().mean(-1))
         opt.step(step, 0.1 / (step + 1))
         average.update(step)
+        average.choose(one, step + 1, 2)
         if step % 2:
-            average.choose(one, step + 1)
             seen.append(average.now["w"].clone())
     for k, best in enumerate((1, 2, 0)):  # each its own lowest; of equal ones the first
         w, ema = torch.nn.Parameter(start[k].clone()), start[k].clone()

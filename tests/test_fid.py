@@ -92,8 +92,8 @@ def test_moments_are_numpys_in_any_pieces(sizes):
     x, pieces = (gaussian(101, 6) + 1000).float(), Moments()
     for part in x.split(sizes):
         pieces.add(part)
-    assert pieces.n == 101 and pieces.mean().dtype == pieces.cov().dtype == torch.float64
-    np.testing.assert_allclose(pieces.mean(), x.double().mean(0), rtol=1e-12)
+    assert pieces.n == 101 and pieces.mean.dtype == pieces.cov().dtype == torch.float64
+    np.testing.assert_allclose(pieces.mean, x.double().mean(0), rtol=1e-12)
     np.testing.assert_allclose(pieces.cov(), np.cov(x.double().numpy(), rowvar=False), rtol=1e-9, atol=1e-10)
 
 

@@ -288,7 +288,7 @@ def test_a_run_leaves_results_and_figures(noise):
     assert all("".join(results["stages"][name]) == Ns for Ns, names in rows.items() for name in names.split())
     assert len(results["students"]["4"]["per_seed"]) == 2 and results["edges"]["4"] == [0, 250, 500, 750, 1000]
     teacher, one, four = (results["cost"][n] for n in "014")
-    net = toy_mog.toy_net(1, "B").named_parameters()
+    net = toy_mog.ToyNet().named_parameters()
     exact = sum(p.numel() for name, p in net if p.shape[1] > 1 and name != "table")
     assert four["parameters"] == 4 * one["parameters"] and four["multiply_adds"] == one["multiply_adds"]
     assert one["multiply_adds"] < teacher["multiply_adds"] == exact * 15

@@ -220,7 +220,7 @@ def test_samples(tmp_path, drawn):
     for n in (1, 300):
         x, label = samples("l1", n, 10)
         for names in (["students"], ["teacher", "students", "another"]):
-            fig, _ = plot.scatter(dict.fromkeys(names, x), label, 10, "class")
+            fig = plot.scatter(dict.fromkeys(names, x), label, 10)
             plot.save(fig, tmp_path / f"scatter{n}-{len(names)}.png")
     for n, columns, panels in ((1, 1, 1), (4, 2, 3), (64, 8, 2), (400, 20, 1), (60, 5, 12)):
         images = {f"{i} students, 79 evaluations in turn": samples("fd", n, 10)[0] for i in range(panels)}

@@ -32,7 +32,6 @@ def home(tmp_path_factory):
         checkpoint(home / "o2mkd2" / name, nets, partition=[[*range(8)]] * len(nets), seconds=1.0)
     about = {"dataset": "toy", "students": 2, "edges": [0, 500, 1000], "partition": [[*range(8)]] * 2}
     save_json(home / "o2mkd2/config.json", about)
-    save_json(home / "o2mkd2/done.json", {"seconds": 1.0})
     save_json(home / "reference/config.json", {"dataset": "toy", "teacher": "train", "sampler_steps": 4, "cfg": 1.5})
     return home
 

@@ -21,6 +21,8 @@ from test_data import save
 from test_msd import SMOKE
 from test_unet import awake
 
+DDPMPP = songunet.Size(128, (2, 2, 2), 4)  # edm-cifar10-32x32-*-vp.pkl
+NCSNPP = songunet.Size(128, (2, 2, 2), 4, (16,), 2, "fourier", "residual", "standard", (1, 3, 3, 1))  # …-ve.pkl
 CASES = sorted((ROOT / "tests/data").glob("*.pkl"))
 
 
@@ -45,13 +47,13 @@ def test_the_cases_are_all_kinds():
 
 
 @pytest.mark.parametrize("size, resolution, classes, count", [  # EDM's counts, less 9 augmentation labels and a bias
-    (songunet.DDPMPP, 32, 10, 55_735_299 - 10 * 128), (songunet.NCSNPP, 32, 10, 56_400_643 - 10 * 256)])
+    (DDPMPP, 32, 10, 55_735_299 - 10 * 128), (NCSNPP, 32, 10, 56_400_643 - 10 * 256)])
 def test_parameter_counts(size, resolution, classes, count):
     with torch.device("meta"):
         assert sum(p.numel() for p in songunet.SongUNet(resolution, 3, classes, size).parameters()) == count
 
 
-@pytest.mark.parametrize("size", [songunet.DDPMPP, songunet.NCSNPP])
+@pytest.mark.parametrize("size", [DDPMPP, NCSNPP])
 def test_leading_dimensions_and_bottleneck(size):
     net, seen = awake(songunet.SongUNet(8, 3, 4, size._replace(width=8, blocks=1, attention=(4,)))), []
     net.enc["2x2_block0"].register_forward_hook(lambda m, i, o: seen.append(o))
@@ -64,7 +66,7 @@ def test_leading_dimensions_and_bottleneck(size):
 
 def test_a_resolution_that_does_not_halve():
     with pytest.raises(ValueError, match="resolution 6 does not halve 2 times"):
-        songunet.SongUNet(6, 3, 4)
+        songunet.SongUNet(6, 3, 4, DDPMPP)
 
 
 @pytest.mark.parametrize("name, edit, words", [

@@ -113,7 +113,7 @@ def test_toynet_students_are_independent(double):
 
 def test_toy_sizes():
     """Each less than half of the one before; XS has less than a fifth of the teacher's parameters."""
-    count = {s: sum(p.numel() for p in toy_mog.toy_net(1, s).parameters()) for s in toy_mog.SIZES}
+    count = {s: sum(p.numel() for p in toy_mog.ToyNet(1, *toy_mog.SIZES[s]).parameters()) for s in toy_mog.SIZES}
     assert count == {"B": 24162, "S": 9822, "XS": 3782, "XXS": 1100}
 
 
