@@ -43,7 +43,7 @@ from common import AdamW, Average, Batch, generator, learning_rate
 from edm import level
 from flags import Bins, flag
 
-NAME, BY = "adm", "real_select"  # data
+NAME, BY = "adm", "real_select"
 USES = {name: f"dm.{name}" for name in ("beta1", "beta2", "decay", "warmup", "clip_norm", "ema", "dm_weight", "draws",
                                         "bins", "normaliser", "select_samples", "eval_every", "conditioning_sigma")}
 USES |= {"adm_fake_warmup": "dm.fake_warmup", "real": "real"}
@@ -194,7 +194,7 @@ def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
             label = batch.label()                                   # of Y_k alone: F_ADM
             x = dmd.one_step(G, batch.normal("z"), label)           # [M, b, *shape]
             sigma = level(dmd.in_strata(batch.uniform("sigma", dm.draws), *dm.bins))            # [M, b, n]
-            noise = batch.normal("noise", dm.draws)                # [M, b, n, *shape]
+            noise = batch.normal("noise", dm.draws)                 # [M, b, n, *shape]
             grad, _ = dmd.kl_gradient(x, label, sigma, noise, task.teacher, critic, dm.normaliser)
             losses = dm.dm_weight * dmd.dm_loss(x, grad)            # [MSD Eq. 6]
             if gan:

@@ -278,7 +278,8 @@ class AdamW:
 class Average:
     """The weights that are kept: an exponential moving average `now`, and each student's `best` of it.
 
-    select(net) -> [M]: the distance by which that is chosen, in metrics.csv as select.name."""
+    select(net) -> [M]: the distance by which that is chosen, in metrics.csv as select.name; it leaves some of what it
+    judged, select.seen [M, n, *shape]. select.students: M."""
 
     def __init__(self, net: nn.Module, decay: float, select=None):
         self.net, self.decay, self.select = net, decay, select
@@ -306,5 +307,5 @@ class Average:
         for b, e in zip(self.best.parameters(), self.now.parameters()):
             chosen = better.to(b.device).reshape(-1, *[1] * (b.ndim - 1))  # a stack of one: all or nothing
             b.copy_(torch.where(chosen, e, b))
-        self.record["seen"] += [self.select.seen]  # [M, 20, *shape]
+        self.record["seen"] += [self.select.seen]
         run.log(step, **{self.select.name: distance})

@@ -30,7 +30,7 @@ class Facts:
     name: str
     shape: tuple[int, ...]  # of one x
     classes: int  # |Y|; of the dataset, never of a filtered part of it
-    fields: dict = field(compare=False)  # {name of a size: (width, depth), or a unet.Size}
+    sizes: dict = field(compare=False)  # {name of a size: (width, depth), or a unet.Size}
     stacked: bool  # do students live in one stack [M, B, ...]? Else each is a stack of one
     chunk: int  # samples per call of the teacher's sampler; one file each
     metric: str  # l1 or fd
@@ -47,9 +47,9 @@ class Facts:
         return self.shape[-1] if self.native else 0
 
     def net(self, students: int = 1, size=None):
-        """F(x, c_noise, label) of so many students; size: a name (none: B), or its fields."""
+        """F(x, c_noise, label) of so many students; size: a name (none: B), or its fields. Of images: one."""
         size = size or "B"
-        size = self.fields[size] if isinstance(size, str) else size
+        size = self.sizes[size] if isinstance(size, str) else size
         if self.stacked:
             return toy_mog.ToyNet(students, *size, self.embeddings and self.embeddings())
         net, kind = (unet.UNet, unet.Size) if len(size) == 4 else (songunet.SongUNet, songunet.Size)
@@ -57,22 +57,22 @@ class Facts:
 
     def narrowed(self, size, keep: float) -> tuple:
         """About this share of a size's channels, as fields for `net`."""
-        width, *rest = self.fields[size] if isinstance(size, str) else size
+        width, *rest = self.sizes[size] if isinstance(size, str) else size
         unit = 1 if not self.native else 32 if width >= 64 else 4
         return (max(unit, 4, round(width * keep / unit) * unit), *rest)
 
 
-TOY = dict(shape=(2,), fields=toy_mog.SIZES, stacked=True, chunk=8192, metric="l1", exact=toy_mog.denoiser,
+TOY = dict(shape=(2,), sizes=toy_mog.SIZES, stacked=True, chunk=8192, metric="l1", exact=toy_mog.denoiser,
            sample=toy_mog.sample)
 IMAGES = dict(stacked=False, metric="fd")
 DATASETS = {known.name: known for known in (
     Facts("toy", classes=toy_mog.CLASSES, **TOY),
     Facts("toy-prompts", classes=toy_mog.PROMPTS, embeddings=toy_mog.prompts, **TOY),
-    Facts("fashion-mnist", (1, 16, 16), 10, fields=unet.LAPTOP, chunk=500, native=32, **IMAGES),
-    Facts("cifar10", (3, 32, 32), 10, fields=unet.CIFAR, chunk=500, native=32, flip=True, **IMAGES),
-    Facts("cifar10-uncond", (3, 32, 32), 1, fields=unet.CIFAR, chunk=500, native=32, flip=True, **IMAGES),
+    Facts("fashion-mnist", (1, 16, 16), 10, sizes=unet.LAPTOP, chunk=500, native=32, **IMAGES),
+    Facts("cifar10", (3, 32, 32), 10, sizes=unet.CIFAR, chunk=500, native=32, flip=True, **IMAGES),
+    Facts("cifar10-uncond", (3, 32, 32), 1, sizes=unet.CIFAR, chunk=500, native=32, flip=True, **IMAGES),
     *(Facts(name, (3, 64, 64), 1, unet.CIFAR, chunk=250, native=64, **IMAGES) for name in ("ffhq64", "afhqv2-64")),
-    Facts("imagenet64", (3, 64, 64), 1000, fields=unet.SIZES, chunk=250, native=64, **IMAGES),
+    Facts("imagenet64", (3, 64, 64), 1000, sizes=unet.SIZES, chunk=250, native=64, **IMAGES),
 )}
 
 
@@ -94,7 +94,7 @@ def of_classes(label: Tensor, classes) -> Tensor:
     """Where label [N] is one of these. UserError if nowhere."""
     index = torch.isin(label, torch.as_tensor(classes, device=label.device)).nonzero()[:, 0]
     if not len(index):
-        raise UserError(f"the data, or the --pairs, have none of the classes {[*map(int, classes)]}")
+        raise UserError(f"no data, or no --pairs, of the classes {min(classes)} to {max(classes)}")
     return index
 
 

@@ -44,7 +44,7 @@ from edm import level
 from flags import Bins, UserError, flag
 from run import reading
 
-NAME, BY = "dm", "select"  # the reference that a student's best checkpoint is nearest to
+NAME, BY = "dm", "select"  # see students.py
 USES = dict(sampler_steps="teacher.sampler_steps")  # what its result depends on beside its own flags
 
 
@@ -269,7 +269,7 @@ def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
 
     for step in run.steps(state):                                   # goes on where the last checkpoint stands
         if step == 0:
-            average.choose(run, 0, f.eval_every)                    # the start
+            average.choose(run, 0, f.eval_every)                    # the start may be kept, too
         kl, lr, fake_lr, turns, bins = schedule(f, step)
         regression = gap = fake_losses = sigma = None               # what this phase does not train is not logged
 
@@ -281,7 +281,7 @@ def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
                 label = batch.label()                               # of Y_k alone: F_DM
                 x = one_step(G, batch.normal("z"), label)           # [M, b, *shape]
                 sigma = level(in_strata(batch.uniform("sigma", f.draws), *bins))                # [M, b, n]
-                noise = batch.normal("noise", f.draws)             # [M, b, n, *shape]
+                noise = batch.normal("noise", f.draws)              # [M, b, n, *shape]
                 grad, gap = kl_gradient(x, label, sigma, noise, task.teacher, mu_fake, f.normaliser)
                 losses = f.dm_weight * dm_loss(x, grad)             # [MSD Eq. 6]
                 made.append((x.detach(), label))

@@ -217,7 +217,7 @@ def heun(denoise, z: Tensor, label: Tensor | None, steps: int, *, S_churn: float
     return x.to(z.dtype)
 
 
-ORDERS = {"heun": 2, "ddim": 1}  # of the samplers
+SAMPLERS = {"heun": 2, "ddim": 1}  # their orders
 
 
 def evaluations(steps: int, sampler: str = "heun") -> int:

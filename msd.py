@@ -298,8 +298,8 @@ def rows_of(flags: Flags, inputs: dict, device):
         folder = stage_folder(flags, seed, K, stage)
         best, last = load_students(folder), load_students(folder, "ema.pt")
         of_best, of_last = (functools.partial(sampled, found, device=device) for found in (best, last))
-        yield stage, K, evaluate.measure(inputs[seed], flags.run.eval_samples, of_best, folder, of_last, per_class=True,
-                                         seconds=best.seconds, teraflops=best.flops / 1e12)
+        yield stage, K, evaluate.measure(inputs[seed], flags.run.eval_samples, of_best, keep=folder, last=of_last,
+                                         per_class=True, seconds=best.seconds, teraflops=best.flops / 1e12)
 
 
 def report(flags: Flags, inputs: dict, device) -> int:

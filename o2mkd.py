@@ -69,7 +69,7 @@ class Flags:
     lr: float = flag(1e-2, "learning rate (AdamW)", low=0)
     decay: str = flag("cosine", "its schedule after warm-up", choices=("cosine", "linear", "constant"))
     ema: float = flag(0.998, "decay of the average of the weights", low=0, below=1)
-    sampler: str = flag("heun", "of teacher and students in the table", choices=tuple(edm.ORDERS))
+    sampler: str = flag("heun", "of teacher and students in the table", choices=tuple(edm.SAMPLERS))
     merge: bool = flag(False, "also the students merged into one")
     inspect: int = flag(-1, "also student k alone, and k in its range with the teacher elsewhere", low=-1)
     curve: list[int] = flag([], "also these numbers of steps, by both samplers", low=2)
@@ -350,7 +350,7 @@ def measured(flags: Flags, given, N: int, device):
     def by(denoise, steps=n_steps, sampler=flags.sampler):
         def sample(z, label):
             z, label = z[None].to(device), label[None].to(device)
-            x = teacher.make_pairs(denoise, z, label, steps, facts.chunk, order=edm.ORDERS[sampler])[0].cpu()
+            x = teacher.make_pairs(denoise, z, label, steps, facts.chunk, order=edm.SAMPLERS[sampler])[0]
             return x if facts.stacked else to_uint8(x)
         return sample
 
@@ -393,7 +393,7 @@ def measured(flags: Flags, given, N: int, device):
         yield row(f"alone-{k}", by(D))
         yield row(f"hybrid-{k}", by(routed([D if i == k else mu for i in range(N)], found.router)))
     for steps in flags.curve:
-        for sampler in edm.ORDERS:
+        for sampler in edm.SAMPLERS:
             yield row(f"{sampler}-{steps}", by(denoise, steps, sampler))
 
 

@@ -162,7 +162,7 @@ def training(folders: dict, stage: str, panels: list) -> plt.Figure:
 def steps_curve(results: dict) -> plt.Figure:
     """[O2MKD Fig. 6]: distance to the data against the multiply-adds of a sample, for each sampler a line per N."""
     cost, m, shown = results["cost"], f"{results['metric']}_data", []
-    for sampler in edm.ORDERS:
+    for sampler in edm.SAMPLERS:
         lines = []
         for i, N in enumerate(sorted(cost, key=int)):
             each, xy = cost[N]["multiply_adds"] / results["teacher"]["evaluations"] / 1e6, []
@@ -217,16 +217,18 @@ def image_panels(panels: dict, columns: int) -> plt.Figure:
     return fig
 
 
-def progress(folders: dict, m: str) -> plt.Figure:
-    """Samples of the same latents at the first evaluations and the last, 20 for each K; folders {K: of a stage}."""
+def progress(folders: dict, m: str) -> dict:
+    """Samples of the same latents {"300 updates": x [N, C, H, W]} at the first evaluations and the last, for each K
+    about 20; folders {K: of a stage}. Without K whose checkpoints lack them, or are gone."""
     panels = defaultdict(list)
     for K, folder in folders.items():
+        there = filter(Path.exists, (folder / f"student{k}" / "state.pt" for k in range(K)))
+        seen = [run.load_tensors(path, "parts", mmap=True)["parts"]["record"].get("seen", []) for path in there]
         at, _ = over_students(read_metrics(folder)[m])
-        for k in range(K):
-            seen = run.load_tensors(folder / f"student{k}" / "state.pt", "parts")["parts"]["record"]["seen"]
-            for i in sorted({2 ** j - 1 for j in range(10) if 2 ** j < len(at)} | {len(at) - 1}):
-                panels[f"{at[i]} updates"].append(seen[i][0, :max(1, 20 // K)])
-    return image_panels({title: images.to_uint8(torch.cat(x)) for title, x in panels.items()}, 10)
+        if [*map(len, seen)] == [len(at)] * K:
+            for i in {2 ** j - 1 for j in range(10) if 2 ** j <= len(at)} | {len(at) - 1}:
+                panels[at[i]] += [of_student[i][0, :max(1, 20 // K)] for of_student in seen]
+    return {f"{step} updates": images.to_uint8(torch.cat(panels[step])) for step in sorted(panels)}
 
 
 def samples_of(home: Path, results: dict, folder: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -413,10 +415,11 @@ def draw(out, tag: str = "") -> list[Path]:
             figures["why"] = why(home, results, {K: folder(K, "dm") for K in ks})
         for stage in filter(rows.get, PANELS):
             name, m = ("gan", aim(results, rows)) if stage == "adm" else ("training", results["metric"])
-            if not toy and [*folder(ks[-1], stage).glob("*/state.pt")]:
-                figures[f"progress-{stage}"] = progress({K: folder(K, stage) for K in ks}, m)
-            first = ("Distance of each student on its own classes", distance(results, m), "linear", [m])
-            figures[name] = training({K: folder(K, stage) for K in ks}, stage, [first, *PANELS[stage]])
+            homes, scale = {K: folder(K, stage) for K in ks}, "linear" if toy else "log"
+            if panels := {} if toy else progress(homes, m):
+                figures[f"progress-{stage}"] = image_panels(panels, 10)
+            first = ("Distance of each student on its own classes", distance(results, m), scale, [m])
+            figures[name] = training(homes, stage, [first, *PANELS[stage]])
         if last not in ("dm", "cd"):
             figures["stages"] = against_k(results, rows)
     paths = {out / "figures" / f"{name}{suffix}.png": fig for name, fig in figures.items()}

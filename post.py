@@ -13,7 +13,7 @@ import torch
 from common import AdamW, Average, learning_rate
 from dmd import one_step, regression_loss
 
-NAME, BY = "post", "real_select"  # data
+NAME, BY = "post", "real_select"
 USES = {name: f"dm.{name}" for name in ("pairs", "batch", "beta1", "beta2", "decay", "warmup", "clip_norm", "ema",
                                         "distance", "select_samples", "eval_every", "conditioning_sigma")}
 USES |= {"post_lr": "dm.reg_lr", "student_size": "student_size"}

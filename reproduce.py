@@ -83,7 +83,7 @@ def claim(text: str) -> Claim:
 BLOCKS = [block for block in (DOCS / "claims.txt").read_text().strip().split("\n\n") if not block.startswith("//")]
 RUNS = dict(line.split(": ") for line in BLOCKS[0].splitlines())
 CLAIMS = {c.id: c for c in map(claim, BLOCKS[1:])}
-UNTAGGED = ("dm", "adm", "poor", "fashion", "o2", "o2+", "o2-fashion")
+UNTAGGED = ("dm", "adm", "poor", "o2", "o2+", "o2-fashion")
 AFTER = {  # whose students a run starts from, or adds to
     "adm": "dm", "continued": "dm", "poor-continued": "poor", "XS-post": "adm", "XS-post64000": "adm", "o2+": "o2",
     "o2-fork": "o2", "o2-fork50": "o2", "o2-fashion-fork": "o2-fashion",
@@ -115,7 +115,7 @@ class Job(NamedTuple):
 
 
 def job(name: str, f: Flags) -> Job:
-    """A run of RUNS in this run folder; on another dataset than the toy, in a folder inside."""
+    """A run of RUNS in this run folder; of another dataset or teacher, in a folder inside."""
     module = o2mkd if name.startswith("o2") else msd
     argv, home = ["--students", *RUNS[name].split()], Path(f.out)
     for word in [w for w in ("--dataset", "--teacher", "--teacher-steps") if w in argv]:  # of another teacher
@@ -203,9 +203,9 @@ def judge(comparisons: dict, numbers: dict[str, list[float]]) -> tuple[str, dict
 HIDDEN = ("per_class", "per_class_mean", "seconds", "floor", "scan")  # what is measured, but is no column
 HEAD = """
 The toy, unless it says otherwise: l1 to the teacher's samples, l1_data to the data (0 = equal, 1 = disjoint), mean ±
-standard deviation, seeds 1 to 5 (seed 0 served for tuning). A verdict is a one-sided t test at 5 %, paired by seed,
-with Holm's correction over a claim's comparisons, at equal updates of each student, or as the row says; teraflops: of
-training these students in all stages. The papers' FID is on ImageNet-64, of O2MKD (o2-…) on CIFAR-10: compare
+standard deviation, seeds 1 to n, mostly 5 (seed 0 served for tuning). A verdict is a one-sided t test at 5 %, paired by
+seed, with Holm's correction over a claim's comparisons, at equal updates of each student, or as the row says;
+teraflops: of training these students in all stages. The papers' FID is on ImageNet-64, of O2MKD (o2-…) on CIFAR-10: compare
 directions, not values.
 
 | id | claim | paper | ours, mean ± sd | n | verdict |

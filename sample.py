@@ -46,7 +46,7 @@ class Flags:
     o2mkd: bool = flag(False, "students by noise level, in as many steps as the teacher")
     classes: list[int] = flag([], "classes, used in turn; none = all")
     seeds: str = flag("0-999", "one sample each: 0-63 or 3,14,15", pattern=r"\d+(-\d+)?(,\d+(-\d+)?)*")
-    sampler: str = flag("heun", "the multi-step sampler: heun, or ddim of first order", choices=tuple(edm.ORDERS))
+    sampler: str = flag("heun", "the multi-step sampler: heun, or ddim of first order", choices=tuple(edm.SAMPLERS))
     steps: int = flag(0, "its steps; none = as in the run", low=2)
     out: str = flag("samples", "OUT.npz, OUT.png")
     folders: bool = flag(False, "images: also PNG files by seed, OUT-WHO/000000.png")
@@ -99,10 +99,10 @@ def main(argv=None):
         raise UserError(f"--classes {flags.classes}: the run has {known[0]} to {known[-1]}")
     classes = torch.tensor(flags.classes or known)
     label, z = classes[torch.arange(len(seeds)) % len(classes)].to(device), latents(seeds, facts.shape).to(device)
-    made, how = {}, dict(chunk=facts.chunk, order=edm.ORDERS[flags.sampler], **vars(flags.churn))
+    made, how = {}, dict(chunk=facts.chunk, order=edm.SAMPLERS[flags.sampler], **vars(flags.churn))
     for who, D in denoisers.items():
         g = generator("churn", tuple(seeds), device=device)  # keyed by all seeds together
-        made[who] = make_pairs(D, z[None], label[None], steps, generator=g, **how)[0].cpu()
+        made[who] = make_pairs(D, z[None], label[None], steps, generator=g, **how)[0]
     cost = dict.fromkeys(made, edm.evaluations(steps, flags.sampler))
     if one_step:
         made["students"] = msd.sampled(one_step, z, label, device)

@@ -1,7 +1,8 @@
 """Students, in general: what they start from, where they lie, what a stage's loop is handed, and `distil`.
 
-A stage is a module: NAME, BY (the reference that chooses its best checkpoint), USES (flags of others that its result
-depends on), length, passes, train. Not here: a student's classes (msd.py), teacher and pairs (teacher.py).
+A stage is a module: NAME, BY (what its best checkpoint is nearest to: "real_select", the data; "select", the teacher's
+samples, but of images the data), USES (flags of others that its result depends on), length, passes, train. Not
+here: a student's classes (msd.py), teacher and pairs (teacher.py).
 """
 import functools
 import hashlib
@@ -35,7 +36,7 @@ class Network:
     """A checkpoint: a frozen stack."""
     net: edm.Precond
     facts: data.Facts
-    size: object  # a name in facts.fields, or fields
+    size: object  # a name in facts.sizes, or fields
     parts: list | None  # the students' classes; None: a teacher
     seconds: float = 0.0  # of training
     flops: float = 0.0  # of training one student, in all stages
@@ -233,7 +234,7 @@ class Selection:
         chunks = zip(*(v[:, part].split(min(4096, self.facts.chunk), 1) for v in (z, label)))
         x = torch.cat([dmd.one_step(G, a, b) for a, b in chunks], 1)
         x = self.ranks.gather(x.transpose(0, 1)).transpose(0, 1)
-        self.seen = x[:, :20].half().cpu()  # of the same latents every time
+        self.seen = x[:, :0 if self.facts.stacked else 20].half().cpu()  # of the same latents, for progress.png
         return torch.tensor([self.judge.distance(self.judge.statistics(a, c), self.references[s.seed], s.classes)
                              for s, a, c in zip(self.of, x, label)])
 

@@ -170,11 +170,11 @@ def _networks(flags, given: dict[int, Given], ranks: Ranks) -> None:
 # ---- samples of the teacher
 
 def make_pairs(teacher, z: Tensor, label: Tensor, steps: int, chunk: int = 8192, **other) -> Tensor:
-    """y [..., N, *shape]: where the teacher's ODE takes unit-variance latents z, of label [..., N] [MSD App. D.2.1].
-    other: edm.heun's order and churn, for other samples than pairs."""
+    """y [..., N, *shape], on the CPU: where the teacher's ODE takes unit-variance latents z, of label [..., N]
+    [MSD App. D.2.1]. other: edm.heun's order and churn, for other samples than pairs."""
     lead = label.ndim - 1
     chunks = zip(z.split(chunk, lead), label.split(chunk, lead))
-    return torch.cat([edm.heun(teacher, a, b, steps, **other) for a, b in chunks], lead)
+    return torch.cat([edm.heun(teacher, a, b, steps, **other).cpu() for a, b in chunks], lead)
 
 
 def solve(folder: Path, purpose: str, number: int, given: Given, steps: int, ranks: Ranks, churn: dict = {}) -> dict:
@@ -191,7 +191,7 @@ def solve(folder: Path, purpose: str, number: int, given: Given, steps: int, ran
         todo = [i for i in ranks.share(len(parts)) if not run.shard(folder, purpose, i).exists()]
         for i in run.bar(todo, f"sampling ({purpose})", ranks.rank > 0):
             g = dict(churn, generator=generator(given.seed, purpose, i, device=ranks.device)) if churn else {}
-            y = make_pairs(given.mu_teacher, *(v.to(ranks.device) for v in parts[i]), steps, **g)[0].cpu()
+            y = make_pairs(given.mu_teacher, *(v.to(ranks.device) for v in parts[i]), steps, **g)[0]
             run.save_tensors(run.shard(folder, purpose, i), {"y": y if facts.stacked else y.half()})
         ranks.wait()
     y = run.load_shards(folder, purpose, len(parts))

@@ -1,4 +1,4 @@
-"""The ADM U-Net as EDM trains it for ImageNet-64: the network of images, but for SongUNet teachers'.
+"""The ADM U-Net as EDM trains it for ImageNet-64: the network of images, unless the teacher is a SongUNet.
 
 Residual blocks with skip connections, self-attention at low resolutions, noise level and class entering every block as
 a scale and a shift [Dhariwal and Nichol 2021, App. A; EDM Table 8]. Weights and embeddings are float32; on a GPU all

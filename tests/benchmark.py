@@ -101,7 +101,7 @@ def sizes(given) -> None:
     """Two cost: a batch of 2 against one of 1; near 1: bound by launches, near 2: by arithmetic."""
     facts, times = data.facts(given.dataset), {}
     many = 16_384 if facts.stacked else 64 if GPU or facts.native < 64 else 4
-    nets = {name: edm.Precond(facts.net(1, name), facts.sigma_data).to(DEVICE) for name in given.fields}
+    nets = {name: edm.Precond(facts.net(1, name), facts.sigma_data).to(DEVICE) for name in given.sizes}
     for name, n in [(name, n) for name in nets for n in (1, 2, many)] * (2 if given.quick else 6 if many == 4 else 100):
         z, label = torch.randn(1, n, *facts.shape, device=DEVICE), torch.zeros(1, n, dtype=torch.int64, device=DEVICE)
         times.setdefault((name, n), []).append(seconds(lambda: dmd.one_step(nets[name], z, label)))

@@ -132,7 +132,7 @@ def test_classes_are_filtered_and_labels_never_renumbered():
     assert set(label[0].tolist()) == {4, 7} and x.shape == (1, 8, 1, 2, 2) and -1 <= x.min() and x.max() <= 1
     assert torch.equal(((x[0, :, 0, 0, 0] + 1) * 127.5).round().long() % 10, label[0])
     for source in (numbered(5), data.Generated(torch.zeros(1, 2, 2), torch.tensor([[0, 1]]), [0])):
-        with pytest.raises(UserError, match="none of the classes"):
+        with pytest.raises(UserError, match="no data, or no --pairs, of the classes 9 to 9"):
             source.batch(draws(9), 0, 2)
 
 

@@ -228,7 +228,7 @@ def test_a_student_whose_classes_have_no_data_is_refused():
     D = task_of(dmd, ONE, options()).given[0].D
     for F, less in ((msd.filter_adm, D._replace(real=torch.tensor([0, 1]))),
                     (msd.filter_pairs, D._replace(pairs=torch.tensor([0, 1])))):
-        with pytest.raises(common.UserError, match=r"\[5\]"):
+        with pytest.raises(common.UserError, match="classes 5 to 5"):
             F(less, torch.tensor([5]))
 
 

@@ -42,8 +42,9 @@ def test_results_and_figures(image_run):
     for r in results["students"].values():
         assert r["fd"] > 0 and r["fd_data"] > 0 and len(r["per_class"]) == 10 and 0 <= r["right class"] <= 1
     assert [path.stem for path in draw(image_run)] == ["samples", "fd", "progress-dm", "training"]
-    fig = plot.progress({3: image_run / "seed0/students3/dm"}, "fd")  # evaluated at the start and every 3 updates
-    assert [ax.get_title() for ax in fig.axes] == ["0 updates", "3 updates", "6 updates"]
+    panels = plot.progress({3: image_run / "seed0/students3/dm"}, "fd")  # evaluated at the start and every 3 updates
+    assert {title: x.shape for title, x in panels.items()} == dict.fromkeys(
+        ("0 updates", "3 updates", "6 updates"), (18, 1, 16, 16))
     assert "FD (our classifier)" in evaluate.table(results)
 
 

@@ -44,7 +44,7 @@ def test_filter_dm_keeps_the_pairs_whole():
         assert torch.equal(msd.filter_adm(D, Y_k).real, Y_k)
         own = D.pair_label[msd.filter_pairs(D, Y_k).pairs]
         assert set(own.tolist()) == set(Y_k.tolist()) and len(own) == 10
-    with pytest.raises(msd.UserError, match="none of the classes"):
+    with pytest.raises(msd.UserError, match="of the classes 1 to 2"):
         msd.filter_adm(D._replace(real=torch.tensor([0])), torch.tensor([1, 2]))
 
 

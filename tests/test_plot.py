@@ -133,7 +133,9 @@ def msd_run(out, ks, stages=("dm",), m="l1", seeds=1, tag="", steps=3000, classe
             else:
                 for k in range(K):
                     write_metrics(folder / f"student{k}", names, steps, 1)
-            torch.save({"x": x, "label": label, "student": label * K // classes}, folder / "samples.pt")
+                    record = {"seen": [torch.zeros(1, 20, 1, 8, 8)] * 6}
+                    torch.save({"parts": {"record": record}}, folder / f"student{k}" / "state.pt")
+            torch.save({"x": x, "label": label, }, folder / "samples.pt")
 
 
 def o2mkd_run(out, ns, m="l1", seeds=1, tag="o2mkd", curve=(), levels=21):
@@ -169,9 +171,9 @@ IMAGES = ("samples", "fd", "training")
     ((1,), ("cd",), {}, TOY),
     (LARGE, ("dm", "adm", "post"), {"seeds": 5, "steps": 900_000}, (*TOY, "stages", "gan")),
     (LARGE, ("cd",), {"seeds": 5}, TOY),
-    (SMALL, ("dm",), {"m": "fd", "scale": 100}, IMAGES),
-    (LARGE, ("dm", "adm"), {"m": "fd", "classes": 1000, "steps": 2_000_000}, (*IMAGES, "stages", "gan")),
-    ((1, 64), ("cd",), {"m": "fd", "classes": 64}, IMAGES)])
+    (SMALL, ("dm",), {"m": "fd", "scale": 100}, (*IMAGES, "progress-dm")),
+    (LARGE, ("dm", "adm"), {"m": "fd", "classes": 1000, "steps": 2_000_000}, (*IMAGES, "progress-dm", "progress-adm", "stages", "gan")),
+    ((1, 64), ("cd",), {"m": "fd", "classes": 64}, (*IMAGES, "progress-cd"))])
 def test_msd(tmp_path, drawn, ks, stages, more, names):
     msd_run(tmp_path, ks, stages, **more)
     paths = plot.draw(tmp_path)

@@ -55,7 +55,7 @@ def test_sides_of_a_comparison(side, expected):
 
 def test_claims_name_rows_and_runs_that_exist():
     """Comparisons are of the claim's entries, entries of rows that runs leave; all runs are used, in order."""
-    assert len(CLAIMS) == 42 and set(reproduce.needed(list(CLAIMS.values()))) == set(RUNS)
+    assert len(CLAIMS) == 41 and set(reproduce.needed(list(CLAIMS.values()))) == set(RUNS)
     for c in CLAIMS.values():
         numbers = {e.name: [1.0] for e in c.entries}
         assert len(numbers) == len(c.entries) and c.comparisons, c.id
@@ -68,18 +68,22 @@ def test_claims_name_rows_and_runs_that_exist():
         assert all(runs.index(AFTER[name]) < runs.index(name) for name in runs if name in AFTER)
 
 
-def test_equal_compute():
+def test_equal_compute(monkeypatch):
     """K x batch x updates of nets of one size."""
     costs = set()
     for e in CLAIMS["fig4-compute"].entries:
         f = typed(JOBS[e.run])
         costs.add((f.student_size, e.K * f.dm.batch * f.dm.steps))
     assert len(costs) == 2
+    f = {name: typed(JOBS[f"fashion-{name}"]) for name in ("tsm", "free")}
+    monkeypatch.chdir(ROOT)
+    tsm, free = (sum(n for what, n in msd.bill(of) if what.endswith("networks")) for of in f.values())
+    assert abs(free / tsm - 1) < 0.001
 
 
 def test_every_run_is_a_legal_command():
     f = {name: typed(JOBS[name]) for name in RUNS}
-    seeds = [f[name].run.seeds for name in ("dm", "o2", "XS", "cd", "fashion")]
+    seeds = [f[name].run.seeds for name in ("dm", "o2", "XS", "cd", "fashion-two")]
     assert seeds == [5, 5, 5, 5, 1]
     assert all(of_run.run.seed == 1 for of_run in f.values())  # seed 0 is for tuning
     many, long = f["pairs64000"].dm, f["long"].dm
