@@ -1,7 +1,8 @@
 """Every claim of the papers as a command: train what it needs, compare, judge, draw. The claims: docs/claims.txt.
 
 A verdict is computed, never typed: paired by seed, a is below b if a one-sided t test gives p <= 0.05 by Holm's
-correction; if b is below a so clearly, the reverse holds; else the two are not told apart. One seed is only "measured".
+correction; if b is below a so clearly, the reverse holds; else the two are not told apart. One or two seeds
+are only "measured".
 
   python reproduce.py --list              the claims
   python reproduce.py --claim split,reg   two of them; killed, the same command goes on
@@ -205,8 +206,8 @@ HEAD = """
 The toy, unless it says otherwise: l1 to the teacher's samples, l1_data to the data (0 = equal, 1 = disjoint), mean ±
 standard deviation, seeds 1 to n, mostly 5 (seed 0 served for tuning). A verdict is a one-sided t test at 5 %, paired by
 seed, with Holm's correction over a claim's comparisons, at equal updates of each student, or as the row says;
-teraflops: of training these students in all stages. The papers' FID is on ImageNet-64, of O2MKD (o2-…) on CIFAR-10: compare
-directions, not values.
+teraflops: of training these students in all stages. The papers' FID is on ImageNet-64, of O2MKD (o2-…) on CIFAR-10:
+compare directions, not values.
 
 | id | claim | paper | ours, mean ± sd | n | verdict |
 |---|---|---|---|---|---|"""
