@@ -417,7 +417,7 @@ def draw(out, tag: str = "") -> list[Path]:
             name, m = ("gan", aim(results, rows)) if stage == "adm" else ("training", results["metric"])
             homes, scale = {K: folder(K, stage) for K in ks}, "linear" if toy else "log"
             if panels := {} if toy else progress(homes, m):
-                figures[f"progress-{stage}"] = image_panels(panels, 10)
+                figures[f"progress-{stage}"] = image_panels(panels, 5)
             first = ("Distance of each student on its own classes", distance(results, m), scale, [m])
             figures[name] = training(homes, stage, [first, *PANELS[stage]])
         if last not in ("dm", "cd"):
