@@ -30,7 +30,7 @@ mu_fake). On the toy and on the small images also
 
 Run      python adm.py --dataset toy                  after python dmd.py --dataset toy
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -198,7 +198,7 @@ def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
             grad, _ = dmd.kl_gradient(x, label, sigma, noise, task.teacher, critic, dm.normaliser)
             losses = dm.dm_weight * dmd.dm_loss(x, grad)            # [MSD Eq. 6]
             if gan:
-                gan_G = generator_loss(critic.logit(*noised(x, batch.named("gan {}"), f.gan_bins), label))
+                gan_G = generator_loss(critic.logit(*noised(x, replace(batch, of="gan {}"), f.gan_bins), label))
                 losses = losses + f.gan_weight * gan_G             # [MSD App. I.3]
             pushes = gan_metrics(x, grad, gan_G, dm.dm_weight, f.gan_weight) if (step + 1) % 50 == 0 else {}
             opt_G.backward(losses)
@@ -218,8 +218,8 @@ def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
                 losses = fake_losses = edm.denoising_loss(critic, x, label, sigma, batch.normal("noise"))  # [MSD Eq. 8]
                 if gan:
                     x_real, y = task.real(batch, before + turn)     # of Y_k
-                    logit_real = critic.logit(*noised(x_real, batch.named(f"real {turn} {{}}"), f.gan_bins), y)
-                    logit_fake = critic.logit(*noised(x, batch.named(f"fake {turn} {{}}"), f.gan_bins), label)
+                    logit_real = critic.logit(*noised(x_real, replace(batch, of=f"real {turn} {{}}"), f.gan_bins), y)
+                    logit_fake = critic.logit(*noised(x, replace(batch, of=f"fake {turn} {{}}"), f.gan_bins), label)
                     gan_critic = critic_loss(logit_real, logit_fake)
                     losses = losses + f.critic_weight * gan_critic  # [MSD App. I.3]
                 opt_critic.backward(losses)

@@ -10,7 +10,7 @@ import math
 import operator
 import os
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -75,10 +75,6 @@ class Batch:
     shape: tuple  # of a sample
     part: slice
     of: str = "{}"  # how purposes are called, such as "fake {} 0"
-
-    def named(self, of: str) -> "Batch":
-        """The same rows, with other names for its draws."""
-        return replace(self, of=of)
 
     def label(self) -> Tensor:
         """[M, b], uniform over each student's own classes Y_k."""

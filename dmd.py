@@ -44,7 +44,7 @@ from edm import level
 from flags import Bins, UserError, flag
 from run import reading
 
-NAME, BY = "dm", "select"  # see students.py
+NAME, BY = "dm", "select"
 USES = dict(sampler_steps="teacher.sampler_steps")  # what its result depends on beside its own flags
 
 

@@ -140,7 +140,7 @@ def _kind(hint) -> dict:
     return dict(type=inner[0], nargs="+") if inner else dict(type=one)
 
 
-def _wrong(value, choices=(), low=None, below=math.inf, pattern="", **other) -> str:
+def _wrong(value, choices, low, below, pattern, **other) -> str:
     """What is not allowed about a value, or nothing."""
     for v in value if isinstance(value, (tuple, list)) else [value]:
         if choices and v not in choices:

@@ -110,6 +110,7 @@ CONFLICTS = [  # (is it so?, what to say), for flags.check
     (lambda f: f.churn.S_min > f.churn.S_max or f.churn.S_churn == 0 and f.churn != edm.Churn(),
      "--S_churn {f.churn.S_churn}, --S_min {f.churn.S_min}, --S_max {f.churn.S_max}: no level would have noise"),
     (lambda f: f.dm.anneal > f.dm.bins.high, "--anneal {f.dm.anneal}: above the highest of --bins"),
+    (lambda f: f.partition == "quadrant" and not {*f.students} <= {1, 4}, "--partition quadrant: needs --students 4"),
     (lambda f: facts_of(f).classes == 1 and f.partition != "consecutive",
      "--partition {f.partition}: {f.run.dataset} has one class, and so one student"),
     (lambda f: f.dm.distance == "lpips" and facts_of(f).stacked, "--distance lpips: needs images"),
@@ -247,7 +248,7 @@ class Router:
 
 def router_of(students: Students) -> Router:
     """The router of these students."""
-    return Router(students.parts, students.facts.embeddings() if students.facts.embeddings else None)
+    return Router(students.parts, students.facts.embeddings and students.facts.embeddings())
 
 
 def route(students: Students, router: Router, z: Tensor, label: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 The one file that imports matplotlib.
 """
 import argparse
+import contextlib
 import csv
 import math
 import textwrap
@@ -411,13 +412,15 @@ def draw(out, tag: str = "") -> list[Path]:
         dm, files = folder(ks[-1], "dm"), ("state.first.pt", "state.pt", "best.pt", "samples.pt")
         needed = [*(dm / file for file in files), folder(ks[0], "dm") / "samples.pt", home / "teacher" / "ema.pt"]
         drawn = toy and all(map(Path.exists, needed)) and "cfg" not in results["configs"]["dm"]
-        if drawn and "gap" in read_metrics(dm):
-            figures["why"] = why(home, results, {K: folder(K, "dm") for K in ks})
+        with contextlib.suppress(run.Damaged):
+            if drawn and "gap" in read_metrics(dm):
+                figures["why"] = why(home, results, {K: folder(K, "dm") for K in ks})
         for stage in filter(rows.get, PANELS):
             name, m = ("gan", aim(results, rows)) if stage == "adm" else ("training", results["metric"])
             homes, scale = {K: folder(K, stage) for K in ks}, "linear" if toy else "log"
-            if panels := {} if toy else progress(homes, m):
-                figures[f"progress-{stage}"] = image_panels(panels, 5)
+            with contextlib.suppress(run.Damaged):
+                if panels := {} if toy else progress(homes, m):
+                    figures[f"progress-{stage}"] = image_panels(panels, 5)
             first = ("Distance of each student on its own classes", distance(results, m), scale, [m])
             figures[name] = training(homes, stage, [first, *PANELS[stage]])
         if last not in ("dm", "cd"):

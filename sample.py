@@ -11,6 +11,7 @@ Images   python sample.py --run docs/data/fashion --seeds 0-99 --folders
 By noise level   python sample.py --run runs/toy --students 4 --o2mkd --steps 20 --sampler ddim
 """
 import itertools
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +58,8 @@ def parse_seeds(text: str) -> list[int]:
     """'0-3,7' -> [0, 1, 2, 3, 7]."""
     ends = [part.split("-") for part in text.split(",")]
     seeds = [range(int(end[0]), int(end[-1]) + 1) for end in ends]
-    if not 0 < sum(map(len, seeds)) <= 10_000_000:
-        raise UserError(f"--seeds {text}: 1 to 10 million")
+    if not all(seeds) or sum(map(len, seeds)) > 10_000_000:
+        raise UserError(f"--seeds {text}: from low to high, at most 10 million")
     return [*itertools.chain(*seeds)]
 
 
@@ -83,7 +84,11 @@ def main(argv=None):
     steps = flags.steps or about.get("sampler_steps", 40)
     kind, end = "o2mkd" if flags.o2mkd else "students", run.suffix(flags.tag)
     named = [re.fullmatch(rf"{kind}(\d+){re.escape(end)}", p.name) for p in home.glob(f"{kind}*")]
-    folder = home / f"{kind}{flags.students or max((int(m[1]) for m in named if m), default=8)}{end}"
+    there = sorted(int(m[1]) for m in named if m)
+    K = flags.students or max(there, default=0)
+    if flags.of != "teacher" and K not in there:
+        raise UserError(f"{home}: of {kind}{end} there are {there}; or --of teacher")
+    folder = home / f"{kind}{K}{end}"
     denoisers, one_step = {}, None
     if flags.of != "students":
         given = teacher_of(home, about, device)
@@ -112,7 +117,7 @@ def main(argv=None):
         paths = [save_npz(f"{flags.out}.npz", {"label": label, "seed": np.array(seeds), **made})]
         picture = plot.scatter(made, label, facts.classes)
     else:
-        made, paths, columns = {who: to_uint8(x) for who, x in made.items()}, [], min(20, round(len(seeds) ** 0.5))
+        made, paths, columns = {who: to_uint8(x) for who, x in made.items()}, [], min(20, math.ceil(len(seeds) ** 0.5))
         for who, x in made.items():
             paths += write_images(f"{flags.out}-{who}", x, label, seeds, flags.folders)
         picture = plot.image_panels({who: x[:columns * columns] for who, x in made.items()}, columns)
@@ -121,7 +126,7 @@ def main(argv=None):
         print(f"{who:>8}: {len(seeds)} samples, {n} function evaluation{'s' * (n > 1)} per sample")
     if len({*cost.values()}) == 2:
         print(f"   ratio: {cost['teacher'] / cost['students']:g} times fewer evaluations")
-    print(f"   from: {one_step.files[0].parent if one_step else home}\nwritten:", *paths)
+    print(f"   from: {one_step.files[0].parents[not facts.stacked] if one_step else home}\nwritten:", *paths)
 
 
 def write_images(name: str, x: Tensor, label: np.ndarray, seeds: list[int], folders: bool) -> list[Path]:

@@ -87,7 +87,8 @@ UNCOND = "--dataset cifar10-uncond"
 TEACHER = ["--cfg 2", f"--teacher exact {FASHION}", "--eval-samples 15", UNCOND]
 CONFLICTS = {
     msd: ["--init nowhere", "--students 9", "--method cd --stages adm", "--student 0", "--student-size XS", "--init dm --stages tsm",
-          "--dm-weight 0 --reg-weight 0", "--reg-warmup 3000", "--stages cd --conditioning-sigma 5", "--S_noise 1.003", "--anneal 301", f"{UNCOND} --partition random", "--distance lpips",
+          "--dm-weight 0 --reg-weight 0", "--reg-warmup 3000", "--stages cd --conditioning-sigma 5", "--S_noise 1.003", "--anneal 301", "--dataset toy-prompts --partition quadrant",
+          f"{UNCOND} --partition random", "--distance lpips",
           f"{FASHION} --select-samples 19", *TEACHER],
     o2mkd: ["--kd attention --cfg 2 --label-dropout 0.1", *TEACHER],
 }
