@@ -62,7 +62,7 @@ def test_damaged_files_of_a_finished_run(capsys, run, tmp_path, name, content):
 
 
 @pytest.mark.parametrize("argv, words", [
-    ("--run nowhere", "nowhere"), ("--students 5", "students5"), ("--seeds a-b", "a-b"),
+    ("--run nowhere", "nowhere"), ("--students 5", "of students there are"), ("--seeds a-b", "a-b"),
     ("--seeds 5-1", "--seeds 5-1"), ("--seeds 0-999999999999", "10 million")])
 def test_bad_sampling(capsys, run, tmp_path, argv, words):
     base = ["--run", str(run), "--students", "3", "--out", str(tmp_path / "s")]
