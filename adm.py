@@ -22,9 +22,9 @@ Departures from the paper
  1. "Middle block", "probability": the encoder's last block and a logit, as in the code that the paper builds on.
  2. "Re-initialize the fakescore and GAN classifier model from teacher weights" (App. D.2.1): the teacher has no
     head, so the head is random. Noise over all bins, TTUR of 5: DMD2's. --adm-steps counts updates of G (DMD2: of
-mu_fake). On the toy and on the small images also
- 3. TTUR of 2; mu_fake and head get a head start (--fake-warmup) at G's first update; larger learning rates that decay;
-    an average of G's weights is kept, and its start is a candidate for the best checkpoint.
+    mu_fake). G's start is a candidate for the best checkpoint.
+ 3. On the toy and on the small images: TTUR of 2; mu_fake and head get a head start (--fake-warmup) at G's first
+    update; larger learning rates that decay; an average of G's weights is kept.
  4. The toy: a small MLP for a head on ToyNet's middle layer, GAN weights 0.03 and 1, and the head sees bins 0 to 100 of
     1000 (sigma <= 0.017): above, real and generated samples look alike to it.
 
@@ -185,7 +185,7 @@ def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
         if step == 0:
             average.choose(run, 0, dm.eval_every)                   # stage 1's checkpoint is the first candidate
         rate = learning_rate(1.0, step, f.steps, dm.warmup, dm.decay)
-        gan_G = gan_critic = None                                   # without a GAN
+        gan_G = gan_critic = right_real = right_fake = None         # without a GAN
 
         # the generator's turn; the critic is only looked at
         critic.requires_grad_(False)
@@ -222,13 +222,13 @@ def train(run: "run.Run", flags: "msd.Flags", task: "students.Task") -> dict:
                     logit_fake = critic.logit(*noised(x, replace(batch, of=f"fake {turn} {{}}"), f.gan_bins), label)
                     gan_critic = critic_loss(logit_real, logit_fake)
                     losses = losses + f.critic_weight * gan_critic  # [MSD App. I.3]
+                    right_real, right_fake = (logit_real > 0).float(), (logit_fake < 0).float()
                 opt_critic.backward(losses)
             opt_critic.step(step, f.fake_lr * (rate if step else 1.0))
 
         if (step + 1) % 50 == 0:
-            right = {"right on real": logit_real > 0, "right on fake": logit_fake < 0} if gan else {}
-            run.log(step + 1, **pushes, **{"fake loss": fake_losses, "GAN loss of the critic": gan_critic},
-                    **{name: v.float() for name, v in right.items()})
+            run.log(step + 1, **pushes, **{"fake loss": fake_losses, "GAN loss of the critic": gan_critic,
+                                           "right on real": right_real, "right on fake": right_fake})
         average.choose(run, step + 1, dm.eval_every)                # each student by its own classes [MSD App. E]
         run.save(step + 1, state)
     return {"best.pt": average.best, "ema.pt": average.now}

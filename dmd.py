@@ -21,7 +21,8 @@ Departures from the paper, on the toy (`--preset paper`: App. D.1's numbers; whe
  5. AdamW betas (0.5, 0.99) and two updates of mu_fake per update of G: mu_fake lags behind G, and momentum 0.9 turns
     that lag into oscillation: modes come and go.
  6. RMS distance, at weight 0.4, for LPIPS at 0.25, which needs images.
- 7. An average of G's weights is kept, at the best of several evaluations on latents that are not reported [App. E].
+ 7. An average of G's weights is kept, at the best of several evaluations, its start among them, on latents
+    that are not reported [App. E].
  8. 2 500 updates at 1e-2 and 5e-3 that decay linearly, not 200 000 at 1e-7.
 On the small images (fashion-mnist): 7, the betas of 5, regression alone at first and a head start for mu_fake, larger
 learning rates that decay linearly, and the RMS distance for LPIPS, which costs a hundred times the network; w_t and the

@@ -292,7 +292,7 @@ def sampled(students: Students, z: Tensor, label: Tensor, device) -> Tensor:
     return x if stacked else to_uint8(x)
 
 
-def rows_of(flags: Flags, inputs: dict, device):
+def measured(flags: Flags, inputs: dict, device):
     """(stage, K, row) of the students of every seed, stage and K of this run."""
     stages = [name for name in flags.order() if name in ONE_STEP]
     for seed, stage, K in itertools.product(inputs, stages, flags.students):
@@ -303,10 +303,10 @@ def rows_of(flags: Flags, inputs: dict, device):
                                          per_class=True, seconds=best.seconds, teraflops=best.flops / 1e12)
 
 
-def report(flags: Flags, inputs: dict, device) -> int:
+def report(flags: Flags, inputs: dict, device) -> None:
     """Measure the students of all one-step stages; results.json, table, verdicts, figures."""
     facts, configs = facts_of(flags), {}
-    rows = evaluate.collected(rows_of(flags, inputs, device))
+    rows = evaluate.collected(measured(flags, inputs, device))
     for stage, _ in stages_of(flags):
         before = flags.order()[:flags.order().index(stage.NAME)]
         configs[stage.NAME] = {**inputs[flags.run.seed].ancestry, **settings(flags, stage.NAME, stage.USES),
@@ -316,7 +316,6 @@ def report(flags: Flags, inputs: dict, device) -> int:
     results = evaluate.results_of(flags.run, inputs, rows, edm.evaluations(flags.teacher.sampler_steps), **more)
     path = Path(flags.run.out) / f"results{run.suffix(tag_of(flags))}.json"
     evaluate.report(path, results)
-    return 0
 
 
 def network(facts: data.Facts, size):
@@ -477,10 +476,10 @@ def main(argv=None) -> int:
     for stage, D_k in shares.items():  # each from the best of the one before
         students = distil(stage, students, D_k, inputs, flags, ranks)  # G_k = Distill(mu_teacher, D_k)
 
-    measured = {*flags.order()} & {*ONE_STEP} and ranks.rank == 0 and flags.student < 0
-    code = report(flags, inputs, ranks.device) if measured else 0
+    if {*flags.order()} & {*ONE_STEP} and ranks.rank == 0 and flags.student < 0:
+        report(flags, inputs, ranks.device)
     common.leave(ranks)
-    return code
+    return 0
 
 
 def alone(stage: str) -> None:
