@@ -39,8 +39,7 @@ import unet
 from common import Student, generator
 from flags import UserError, check, command, describe, flag, parse, settings, values
 from images import to_uint8
-from students import ONE_STEP, Data, Students, distil, first_start, load_students
-from students import stage_folder, tag_of
+from students import ONE_STEP, Data, Students, distil, first_start, load_students, stage_folder, tag_of
 
 ORDERS = "teacher tsm dm adm tsm,dm tsm,adm dm,adm tsm,dm,adm post tsm,post cd tsm,cd".split()
 
@@ -318,6 +317,7 @@ def report(flags: Flags, inputs: dict, device) -> None:
     evaluate.report(path, results)
 
 
+@functools.cache
 def network(facts: data.Facts, size):
     """One without its memory, to count."""
     with torch.device("cpu" if facts.stacked else "meta"):
@@ -351,8 +351,9 @@ def memory(flags: Flags) -> int:
     return 4 * (t * of_t + s * of_s) + 6 * pairs
 
 
+@functools.cache
 def activations(facts: data.Facts, size) -> int:
-    """Bytes that one sample's pass keeps for the pass back, on a GPU."""
+    """Bytes kept of one sample's pass for the pass back, on a GPU."""
     net, sums = network(facts, size), []
     if isinstance(net, unet.UNet):
         net.precision = torch.bfloat16

@@ -1,8 +1,12 @@
 """Paths, --run-slow, tiny data, finished smoke runs that tests share, and a stage's loop without the files of a run."""
 import gzip
+import multiprocessing
 import os
+import pickle
 import struct
 import sys
+import tempfile
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,6 +53,65 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs --run-slow"))
+
+
+class Sent:
+    """Keeps the reports of a process's tests in a file, for the other process to show."""
+
+    def __init__(self, config, file):
+        self.config, self.file = config, file
+
+    def pytest_runtest_logreport(self, report):
+        pickle.dump(self.config.hook.pytest_report_to_serializable(config=self.config, report=report), self.file)
+
+
+def pytest_runtestloop(session):
+    """Two processes, a core each, take the files of tests, the longest file first; a report each for pytest's table."""
+    config, files = session.config, {}
+    for item in session.items:
+        files.setdefault(item.path, []).append(item)
+    one = config.option.collectonly or config.option.usepdb or session.testsfailed or not hasattr(os, "fork")
+    if one or len(files) < 2:
+        return None  # pytest's own loop
+    order = sorted(files.values(), key=lambda items: -items[0].path.stat().st_size)
+    taken, reports = multiprocessing.Value("i", 0), tempfile.TemporaryFile()
+
+    def mine():
+        while True:
+            with taken.get_lock():
+                i, taken.value = taken.value, taken.value + 1
+            if i >= len(order):
+                return
+            yield from order[i]
+
+    second = os.fork()
+    if not second:
+        capture = config.pluginmanager.getplugin("capturemanager")
+        capture.stop_global_capturing()
+        capture.start_global_capturing()  # into files of its own
+        config.pluginmanager.unregister(name="terminalreporter")
+        config.pluginmanager.register(Sent(config, reports))
+    try:
+        items = mine()
+        item = next(items, None)
+        while item and not session.shouldfail and not session.shouldstop:
+            following = next(items, None)
+            config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            item = following
+        reports.flush()
+    finally:
+        if not second:
+            os._exit(sys.exc_info()[0] is not None)
+    code = exit_code(second)
+    reports.seek(0)
+    while report := reports.peek(1) and pickle.load(reports):
+        report = config.hook.pytest_report_from_serializable(config=config, data=report)
+        config.hook.pytest_runtest_logreport(report=report)
+    if code:
+        raise session.Failed("the second process of tests ended early")
+    if session.shouldfail:
+        raise session.Failed(session.shouldfail)
+    return True
 
 
 def refused(capsys, main, argv) -> str:
@@ -169,6 +232,29 @@ class Asked:
     def classes(self, k: int) -> set:
         """Those of student k."""
         return set(torch.cat([label[k] for _, label in self.calls]).tolist())
+
+
+def forked(main, argv, words: Path, **environment) -> int:
+    """The process of main(argv) in a copy of this one, which need not import torch again; what it says: a file."""
+    process = os.fork()
+    if process:
+        return process
+    os.environ.update(environment)
+    sys.stdout = sys.stderr = words.open("w", buffering=1)
+    code = 1
+    try:
+        code = main([*map(str, argv)])
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code or 0)
+
+
+def exit_code(process: int) -> int:
+    """Waits for the end of a process; -n: of signal n."""
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 class Killed(BaseException):

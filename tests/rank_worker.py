@@ -1,9 +1,6 @@
 """One rank of tests/test_ranks.py, with RANK and WORLD_SIZE as torchrun sets them; and a small stack to train."""
 import os
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
@@ -67,21 +64,19 @@ def double(out: Path, name: str) -> None:
     common.leave(training.ranks)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    if sys.argv[1] == "double":
+def main(argv) -> int:
+    """A rank: `double OUT NAME`; or msd.py's flags, after `dies` for a second rank that is gone after a few steps."""
+    if argv[0] == "double":
         torch.set_default_dtype(torch.float64)
-        double(Path(sys.argv[2]), sys.argv[3])
-    elif sys.argv[1] == "dies":  # the second rank is gone after a few steps
-        if os.environ["RANK"] == "1":
-            original, count = common.Ranks.add_gradients, []
+        double(Path(argv[1]), argv[2])
+        return 0
+    if argv[0] == "dies" and os.environ["RANK"] == "1":
+        original, count = common.Ranks.add_gradients, []
 
-            def add_gradients(self, net):
-                count.append(1)
-                if len(count) == 3:
-                    os._exit(9)
-                original(self, net)
-            common.Ranks.add_gradients = add_gradients
-        raise SystemExit(msd.main(sys.argv[2:]))
-    else:
-        raise SystemExit(msd.main(sys.argv[1:]))
+        def add_gradients(self, net):
+            count.append(1)
+            if len(count) == 3:
+                os._exit(9)
+            original(self, net)
+        common.Ranks.add_gradients = add_gradients
+    return msd.main(argv[argv[0] == "dies":])

@@ -149,7 +149,9 @@ TRAIN = [f"{name}.py" for name in ("msd", "o2mkd", "edm", "dmd", "tsm", "adm", "
 def test_printed_lines_are_legal(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for script, argv in map(words_of, printed()):
-        if script in [*TRAIN, "reproduce.py"]:
+        if script == "msd.py":  # most lines: what is counted of a network once is not counted again
+            assert msd.main([*argv, "--dry-run"]) == 0
+        elif script in [*TRAIN, "reproduce.py"]:
             command(script, *argv, "--dry-run")
     assert len(printed()) > 60 and not list(tmp_path.iterdir())
 
@@ -194,7 +196,7 @@ def test_commands_that_are_printed(line, run, image_run, small, tiny, tmp_path, 
         K = [] if "docs/data/fashion" in line else K
         argv += {"sample.py": [*K, "--seeds", "0-9"], "tests/benchmark.py": ["--quick"]}.get(script, [])
     if line.startswith("torchrun"):
-        assert all(code == 0 for code, _ in launch(2, *argv))
+        assert all(code == 0 for code, _ in launch(tmp_path / "words", *argv))
     else:
         command(script, *argv)
 

@@ -160,7 +160,7 @@ def test_killed_at_any_moment_and_run_again_is_the_same_bit_for_bit(whole, tiny,
     """kill -9 in the middle of writing the count-th such file; then the same command again."""
     words = argv(tiny, tmp_path, "--students", "3")
     monkeypatch.setitem(data.DATASETS, "fashion-mnist", dataclasses.replace(FACTS, chunk=10))
-    killed(moment, count, words, chunk=10)
+    killed(moment, count, words, tmp_path / "words")
     assert msd.main(words) == 0
     mine, expected = weights(tmp_path), weights(whole)
     assert len(mine) == 7 and all(same(mine[name], net) for name, net in expected.items())

@@ -1,10 +1,11 @@
 """F, router, sampling by seed; K = 1 is dmd.py; resume bit for bit, old run folders too; students beside others."""
+import os
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ import msd
 import sample
 import teacher
 import toy_mog
-from conftest import ROOT, refused, same
+from conftest import ROOT, exit_code, forked, refused, same
 from flags import UserError
 from plot import draw
 from run import load_json, load_shards, load_tensors, save_json
@@ -93,28 +94,21 @@ def test_one_student_is_dmd_bit_for_bit(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------- resume
 
-def killed(moment: str, count: int, argv: list[str], chunk: int = 8192) -> None:
+def killed(moment: str, count: int, argv: list[str], words: Path) -> None:
     """msd.py, killed with -9 in the middle of writing the count-th file of this name, which is left half written."""
-    script = f"""
-import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-import torch, data, dataclasses
-torch.set_num_threads({torch.get_num_threads()})
-data.DATASETS = {{name: dataclasses.replace(facts, chunk={chunk}) for name, facts in data.DATASETS.items()}}
-import msd
-original, seen = torch.save, []
-def save(value, path, *rest):
-    if {moment!r} in str(path).replace(os.sep, "/"):
-        seen.append(path)
-        if len(seen) == {count}:
-            open(path, "wb").write(b"half a fi")
-            os.kill(os.getpid(), signal.SIGKILL)
-    original(value, path, *rest)
-torch.save = save
-msd.main(sys.argv[1:])
-"""
-    done = subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    original, seen = torch.save, []
+
+    def save(value, path, *rest):
+        if moment in Path(path).as_posix():
+            seen.append(path)
+            if len(seen) == count:
+                Path(path).write_bytes(b"half a fi")
+                os.kill(os.getpid(), signal.SIGKILL)
+        original(value, path, *rest)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        process = forked(msd.main, argv, words)
+    assert exit_code(process) == -signal.SIGKILL, words.read_text()
 
 
 SLOW = [pytest.param(name, 1, marks=pytest.mark.slow) for name in ("teacher/state", "students3/dm/state", "students3/dm/best")]
@@ -124,7 +118,7 @@ SLOW = [pytest.param(name, 1, marks=pytest.mark.slow) for name in ("teacher/stat
 def test_interrupted_runs_resume_bit_for_bit(run, tmp_path, moment, count):
     """n steps = m steps + kill -9 + the rest: weights, metrics but for the seconds."""
     argv = [*AGAIN, "--save-every", "2", "--out", str(tmp_path)]
-    killed(moment, count, argv)
+    killed(moment, count, argv, tmp_path / "words")
     assert not (tmp_path / "seed0/students3/dm/ema.pt").exists()
     assert msd.main(argv) == 0
     for name in ("ema.pt", "best.pt"):
@@ -136,15 +130,14 @@ def test_interrupted_runs_resume_bit_for_bit(run, tmp_path, moment, count):
 
 def test_ctrl_c_saves_and_says_how_to_resume(run, tmp_path):
     argv = f"--students 3 --teacher {run}/seed0/teacher/ema.pt --steps 9000 --save-every 97 --eval-every 9000"
-    state = tmp_path / "seed0/students3/dm/state.pt"
-    command = [sys.executable, str(ROOT / "msd.py"), *SMOKE, *argv.split(), "--out", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    state, words = tmp_path / "seed0/students3/dm/state.pt", tmp_path / "words"
+    process = forked(msd.main, [*SMOKE, *argv.split(), "--out", tmp_path], words)
     while not state.exists():
         time.sleep(0.02)
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command goes on" in err and "Traceback" not in err
+        assert os.waitpid(process, os.WNOHANG) == (0, 0), words.read_text()
+    os.kill(process, signal.SIGINT)
+    assert exit_code(process) == 130
+    assert "the same command goes on" in words.read_text() and "Traceback" not in words.read_text()
     assert load_tensors(state)["step"] % 97 > 0
 
 

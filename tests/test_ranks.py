@@ -1,8 +1,5 @@
 """Two ranks see the batch of one; students go to ranks of their own; nobody waits for a rank that died."""
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,23 +9,20 @@ import common
 import msd
 import rank_worker
 import run as folders
+from conftest import exit_code, forked
 from students import load_students
 
 pytestmark = pytest.mark.usefixtures("undrawn")
-WORKER = str(Path(rank_worker.__file__))
 
 
-def launch(size: int, *argv) -> list[tuple[int, str]]:
-    """Start `size` ranks on this machine; (exit code, output) of each."""
+def launch(words: Path, *argv) -> list[tuple[int, str]]:
+    """Start two ranks on this machine; (exit code, output) of each."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = dict(WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    command, both = [sys.executable, WORKER, *map(str, argv)], dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    ranks = [subprocess.Popen(command, env={**os.environ, **env, "RANK": str(r), "LOCAL_RANK": str(r)}, text=True, **both)
-             for r in range(size)]
-    out = [(p.communicate(timeout=120)[0], p.returncode) for p in ranks]
-    return [(code, text) for text, code in out]
+        env = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
+    files = [words.with_name(f"{words.name}{r}") for r in "01"]
+    ranks = [forked(rank_worker.main, argv, file, **env, RANK=r, LOCAL_RANK=r) for r, file in zip("01", files)]
+    return [(exit_code(rank), file.read_text()) for rank, file in zip(ranks, files)]
 
 
 @pytest.mark.parametrize("net", [pytest.param(n, marks=[pytest.mark.slow] * (n != "toy")) for n in rank_worker.STAGES])
@@ -36,11 +30,8 @@ def test_two_ranks_are_one_rank_on_the_joined_batch(tmp_path, net, double):
     """Float64, 20 updates of each stage (ADM: also critic, real data): equal to 1e-10."""
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     rank_worker.double(tmp_path / "one", net)
-    torch.set_num_threads(threads)
-    results = launch(2, "double", tmp_path / "two", net)
+    results = launch(tmp_path / "words", "double", tmp_path / "two", net)
     assert all(code == 0 for code, _ in results), results
     one, two = (torch.load(tmp_path / name / "weights.pt") for name in ("one", "two"))
     assert all(v.dtype == torch.float64 for v in one.values())
@@ -60,7 +51,7 @@ def same_students(out, other, K=3) -> bool:
 @pytest.mark.slow
 def test_students_in_turn_on_fewer_ranks_are_the_same_bit_for_bit(tmp_path, tiny, image_run):
     teacher = str(image_run / "seed0/teacher/ema.pt")
-    results = launch(2, *image_argv(tiny, tmp_path, "--students", "3", "--teacher", teacher))
+    results = launch(tmp_path / "words", *image_argv(tiny, tmp_path, "--students", "3", "--teacher", teacher))
     assert all(code == 0 for code, _ in results), results
     assert same_students(image_run, tmp_path) and (tmp_path / "results.json").exists()
 
@@ -100,5 +91,5 @@ def test_what_does_not_divide(share, words):
 
 
 def test_a_rank_that_dies_stops_the_others_with_a_message(tmp_path):
-    (code0, text0), (code1, _) = launch(2, "dies", "--preset", "smoke", "--students", "1", "--out", tmp_path)
+    (code0, text0), (code1, _) = launch(tmp_path / "words", "dies", "--preset", "smoke", "--students", "1", "--out", tmp_path)
     assert code1 == 9 and code0 == 2 and "another rank stopped" in text0 and "Traceback" not in text0
