@@ -382,6 +382,7 @@ def _train(stage, folders: dict, inputs: dict, flags, ranks: Ranks) -> None:
         for file, net in kept.items():
             about |= {"sigma_min": net.sigma_min, "sigma_in": net.sigma_in}
             save_tensors(folder / file, {**about, "net": rows_of(net, slots, len(students))})
+        print(f"{folder}: trained", flush=True)
 
 
 # ---- of a finished stage
