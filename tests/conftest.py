@@ -343,7 +343,4 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def image_run(tmp_path_factory, tiny):
     """A finished smoke run of msd.py on tiny images with K = 1, 3: the run folder."""
-    out = tmp_path_factory.mktemp("shared") / "images"
-    argv = ["--dataset", "fashion-mnist", "--preset", "smoke", "--data", str(tiny), "--out", str(out)]
-    assert msd.main(argv) == 0
-    return out
+    return finished(tmp_path_factory.mktemp("shared") / "images", "--dataset", "fashion-mnist", "--data", str(tiny))

@@ -121,7 +121,7 @@ def msd_run(out, ks, stages=("dm",), m="l1", seeds=1, tag="", steps=3000, classe
     """The run folder of msd.py with these K and stages; scale: of its distances."""
     rows = {stage: {str(K): row(scale * (0.25 - 0.02 * i - 0.03 * j), m, seeds) for i, K in enumerate(ks)}
             for j, stage in enumerate(stages)}
-    results = {"stages": rows, "students": rows[stages[-1]], "classes_of_data": classes, "parameters": 24_162}
+    results = {"stages": rows, "students": rows[stages[-1]], "classes_of_data": classes, "configs": {}}
     write_results(out, tag, {**results, "size": tag or "B", **more}, m, seeds)
     x, label = samples(m, 1200, classes)
     for K in ks:

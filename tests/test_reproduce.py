@@ -115,7 +115,7 @@ def test_list_and_an_unknown_claim(capsys):
     assert "did you mean fig4?" in refused(capsys, reproduce.main, ["--claim", "reg,fig44"])
 
 
-def test_a_killed_claim_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_killed_claim_goes_on(tmp_path, monkeypatch, capsys, undrawn):
     """One claim of each paper; fig4 needs another run, diversity does not."""
     step, count = dmd.kl_gradient, iter(range(1000))
 
