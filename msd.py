@@ -14,7 +14,6 @@ GPUs     torchrun --nproc-per-node 8 msd.py --dataset imagenet64 --students 4
 """
 import functools
 import itertools
-import math
 import shutil
 import sys
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from torch.nn.functional import one_hot
 import adm
 import common
 import consistency
+import cost
 import data
 import dmd
 import edm
@@ -35,7 +35,6 @@ import post
 import run
 import teacher
 import tsm
-import unet
 from common import Student, generator
 from flags import UserError, check, command, describe, flag, parse, settings, values
 from images import to_uint8
@@ -67,8 +66,13 @@ class Flags:
     real: str = flag("data", "data of TSM, ADM and CD; generated: the pairs' y", choices=("data", "generated"))
 
     def __post_init__(self):
-        if facts_of(self).stacked:  # one student for all classes trains in the same stack, to compare with
+        if self.facts.stacked:  # one student for all classes trains in the same stack, to compare with
             self.students = sorted({1, *self.students})
+
+    @property
+    def facts(self) -> data.Facts:
+        """Of the dataset, at this run's resolution."""
+        return data.facts(self.run.dataset, self.run.resolution)
 
     def order(self) -> list[str]:
         """The stages of this run."""
@@ -83,19 +87,14 @@ PRESETS = {"run": run.PRESETS, "teacher": edm.PRESETS, "dm": dmd.PRESETS, "tsm":
     ("imagenet64", "default"): dict(students=[4])}}
 
 
-def facts_of(f: Flags) -> data.Facts:
-    """Of the dataset, at this run's resolution."""
-    return data.facts(f.run.dataset, f.run.resolution)
-
-
 CONFLICTS = [  # (is it so?, what to say), for flags.check
     (lambda f: not Path(f.init).is_file() and f.init.split("-")[0] not in ("", "teacher", "random", "tsm", *ONE_STEP),
      "--init {f.init}: no such file, and none of teacher, random, tsm, dm, adm, post, cd (these four with -TAG)"),
-    (lambda f: max(f.students) > facts_of(f).classes, "--students {f.students}: more than the dataset has classes"),
+    (lambda f: max(f.students) > f.facts.classes, "--students {f.students}: more than the dataset has classes"),
     (lambda f: f.method == "cd" and "cd" not in f.order(), "--method cd: needs --stages cd or tsm,cd"),
-    (lambda f: f.student >= (0 if facts_of(f).stacked else max(f.students)),
+    (lambda f: f.student >= (0 if f.facts.stacked else max(f.students)),
      "--student {f.student}: from 0 to K - 1; not on the toy, whose students train as one stack"),
-    (lambda f: f.student_size not in ("", sizes_of(f)[0] or "B") and
+    (lambda f: f.student_size not in ("", cost.sizes_of(f)[0] or "B") and
                (f.init == "teacher" or not f.init and f.order()[0] in ("dm", "cd")),
      "--student-size {f.student_size}: the teacher's weights do not fit; begin with tsm"),
     (lambda f: f.init and f.order()[0] == "tsm", "--init {f.init}: TSM starts from random weights"),
@@ -110,10 +109,10 @@ CONFLICTS = [  # (is it so?, what to say), for flags.check
      "--S_churn {f.churn.S_churn}, --S_min {f.churn.S_min}, --S_max {f.churn.S_max}: no level would have noise"),
     (lambda f: f.dm.anneal > f.dm.bins.high, "--anneal {f.dm.anneal}: above the highest of --bins"),
     (lambda f: f.partition == "quadrant" and not {*f.students} <= {1, 4}, "--partition quadrant: needs --students 4"),
-    (lambda f: facts_of(f).classes == 1 and f.partition != "consecutive",
+    (lambda f: f.facts.classes == 1 and f.partition != "consecutive",
      "--partition {f.partition}: {f.run.dataset} has one class, and so one student"),
-    (lambda f: f.dm.distance == "lpips" and facts_of(f).stacked, "--distance lpips: needs images"),
-    (lambda f: not facts_of(f).stacked and min(f.dm.pairs, f.dm.select_samples) < 2 * facts_of(f).classes,
+    (lambda f: f.dm.distance == "lpips" and f.facts.stacked, "--distance lpips: needs images"),
+    (lambda f: not f.facts.stacked and min(f.dm.pairs, f.dm.select_samples) < 2 * f.facts.classes,
      "--pairs and --select-samples: at least two per class"),
     *teacher.CONFLICTS,
 ]
@@ -304,29 +303,16 @@ def measured(flags: Flags, inputs: dict, device):
 
 def report(flags: Flags, inputs: dict, device) -> None:
     """Measure the students of all one-step stages; results.json, table, verdicts, figures."""
-    facts, configs = facts_of(flags), {}
+    given, configs = inputs[flags.run.seed], {}
     rows = evaluate.collected(measured(flags, inputs, device))
     for stage, _ in stages_of(flags):
         before = flags.order()[:flags.order().index(stage.NAME)]
-        configs[stage.NAME] = {**inputs[flags.run.seed].ancestry, **settings(flags, stage.NAME, stage.USES),
+        configs[stage.NAME] = {**given.ancestry, **settings(flags, stage.NAME, stage.USES),
                                **values(flags, "partition", "student_size", "init"), "before": before}
-    size = flags.student_size or inputs[flags.run.seed].size
-    more = dict(size=size, parameters=weights(facts, size), classes_of_data=facts.classes, configs=configs)
+    more = dict(size=flags.student_size or given.size, classes_of_data=given.facts.classes, configs=configs)
     results = evaluate.results_of(flags.run, inputs, rows, edm.evaluations(flags.teacher.sampler_steps), **more)
     path = Path(flags.run.out) / f"results{run.suffix(tag_of(flags))}.json"
     evaluate.report(path, results)
-
-
-@functools.cache
-def network(facts: data.Facts, size):
-    """One without its memory, to count."""
-    with torch.device("cpu" if facts.stacked else "meta"):
-        return facts.net(1, size)
-
-
-def weights(facts: data.Facts, size) -> int:
-    """Number of weights of a network."""
-    return sum(p.numel() for p in network(facts, size).parameters())
 
 
 def title(flags: Flags) -> str:
@@ -336,97 +322,23 @@ def title(flags: Flags) -> str:
     return f"msd: {flags.run.dataset}, K = {K}, {stages or 'the teacher alone'}, into {flags.run.out}"
 
 
-def sizes_of(flags: Flags) -> tuple:
-    """Of the teacher's network and the students'."""
-    there = Path(flags.teacher.which).is_file()
-    size = teacher.loaded(flags, facts_of(flags)).size if there else flags.teacher.size
-    return size, flags.student_size or size
-
-
-def memory(flags: Flags) -> int:
-    """Bytes that a student's rank holds in float32: averages, gradients, AdamW's moments, pairs; no activations."""
-    (t, s), stages = (weights(facts_of(flags), size) for size in sizes_of(flags)), {*flags.order()}
-    pairs = flags.dm.pairs * math.prod(facts_of(flags).shape) if stages & {"dm", "post"} else 0
-    of_t, of_s = 1 + 4 * bool(stages & {"dm", "adm"}) + ("post" in stages), 6 + ("cd" in stages)
-    return 4 * (t * of_t + s * of_s) + 6 * pairs
-
-
-@functools.cache
-def activations(facts: data.Facts, size) -> int:
-    """Bytes kept of one sample's pass for the pass back, on a GPU."""
-    net, sums = network(facts, size), []
-    if isinstance(net, unet.UNet):
-        net.precision = torch.bfloat16
-    for b in (1, 2):  # what both keep are copies of weights
-        kept, x = {}, torch.zeros(1, b, *facts.shape, device="meta")
-
-        def keep(t: Tensor) -> Tensor:
-            kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
-            return t
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            out = net(x, x.new_ones(1, b), x.new_zeros(1, b).long())
-        sums.append(sum(kept.values()) if out.requires_grad else 0)
-    return sums[1] - sums[0]
-
-
-def room(flags: Flags) -> str:
-    """Which --micro-batch fits, by the passes that are held at once: estimated."""
-    t, s = (activations(facts_of(flags), size) for size in sizes_of(flags))
-    held = {"dm": max(s + s * (flags.dm.reg_weight > 0), t), "adm": max(s + t, 3 * t)}
-    each = max(held.get(name, s) + dmd.LPIPS_BYTES * (name in dmd.with_lpips(flags)) for name in flags.order())
-    batches = [stage.length(flags)[1] for stage, _ in stages_of(flags)]
-    batch, left, lines = math.gcd(*batches, flags.teacher.batch * (flags.teacher.which == "train")), memory(flags), []
-    for gigabytes in (8, 16, 24, 80):
-        most = int((0.9 * gigabytes * 2 ** 30 - left) / each)
-        fits = [n for n in range(1, most + 1) if batch % n == 0]
-        lines.append(f"{gigabytes} GB: {max(fits, default='none')}")
-    return f"--micro-batch, estimated: {', '.join(lines)} ({each / 2 ** 20:.0f} MiB a sample)"
-
-
-def bill(flags: Flags) -> list[tuple[str, float]]:
-    """What a run costs, in evaluations of the teacher's network, for one sample each: (what, how many)."""
-    facts, seeds, device = facts_of(flags), len(flags.run.all_seeds()), "cpu" if facts_of(flags).stacked else "meta"
-    t, s = (evaluate.multiply_adds(network(facts, size), facts, device) for size in sizes_of(flags))
-    ratio, each = s / t, edm.evaluations(flags.teacher.sampler_steps) * edm.guided(flags)
-    drawn = flags.run.eval_samples * (2 if facts.stacked else 1)
-    rows = [("the teacher's training", edm.passes(flags)[0] * flags.teacher.batch)] * (flags.teacher.which == "train")
-    if flags.teacher.which == "exact":
-        rows.append(("weights for the closed form, by TSM", sum(tsm.passes(flags)) * flags.tsm.batch))
-    if stages_of(flags):
-        rows += [(f"{flags.dm.pairs:,} pairs, {each} each", flags.dm.pairs * each),
-                 (f"{drawn:,} samples to compare with", drawn * each)]
-    for stage, _ in stages_of(flags):
-        (of_t, of_s), (steps, batch) = stage.passes(flags), stage.length(flags)
-        number = len(flags.students) if flags.student >= 0 else sum(flags.students)
-        number = 1 if stage is tsm and flags.tsm.common else number
-        rows.append((f"{stage.NAME}, {number} networks", number * batch * (of_t + ratio * of_s)))
-        if stage.NAME in dmd.with_lpips(flags):
-            rows.append((f"{stage.NAME}, LPIPS", number * batch * steps * dmd.LPIPS_MULTIPLY_ADDS / t))
-        if stage.BY:
-            chosen = (-(-steps // flags.dm.eval_every) + (stage in (dmd, adm))) * number * flags.dm.select_samples
-            rows.append((f"{stage.NAME}, choosing the best", chosen * ratio))
-        if stage.BY and flags.student < 0:
-            rows.append((f"{stage.NAME}, evaluation", 2 * len(flags.students) * flags.run.eval_samples * ratio))
-    return [(what, seeds * number) for what, number in rows]
-
-
 def plan(flags: Flags) -> int:
-    """--dry-run: every value with its source, parameters, memory, ranks, and the bill; without data."""
-    facts = facts_of(flags)
-    t, s = (weights(facts, size) for size in sizes_of(flags))
+    """--dry-run: every value with its source, ranks, and what the run will cost; without data."""
+    stages = [stage for stage, _ in stages_of(flags)]
+    t, s = (cost.weights(flags.facts, size) for size in cost.sizes_of(flags))
     print(title(flags), describe(flags), sep="\n")
     for K in flags.students:
-        ranks = "one stack on all ranks" if facts.stacked else f"{K} ranks: one a student; fewer: in turn"
+        ranks = "one stack on all ranks" if flags.facts.stacked else f"{K} ranks: one a student; fewer: in turn"
         print(f"K = {K}: {K * s:,} parameters, of which a sample uses {s:,}; {ranks}")
         if flags.partition not in ("kmeans", "quadrant"):
-            parts = partition(facts.classes, K, flags.partition, seed=flags.run.seed)
+            parts = partition(flags.facts.classes, K, flags.partition, seed=flags.run.seed)
             print("  lowest to highest class of each", " | ".join(f"{Y_k[0]}-{Y_k[-1]}" for Y_k in parts))
-    print(f"a student's rank holds {memory(flags) / 2 ** 30:.2f} GiB in float32, without activations")
-    if not facts.stacked:
-        print(room(flags))
+    print(f"a student's rank holds {cost.memory(flags) / 2 ** 30:.2f} GiB in float32, without activations")
+    if not flags.facts.stacked:
+        print(cost.room(flags, stages))
     if flags.teacher.which not in ("train", "exact") and not Path(flags.teacher.which).is_file():
         print(f"{flags.teacher.which} is not here: counted as size {flags.teacher.size or 'B'}")
-    rows = bill(flags)
+    rows = cost.bill(flags, stages)
     print(f"the bill, without judging, in evaluations of the teacher, {t:,} parameters:")
     for what, number in [*rows, ("in all", sum(number for _, number in rows))]:
         print(f"  {number:>22,.0f}  {what}")
@@ -434,18 +346,18 @@ def plan(flags: Flags) -> int:
 
 
 def divide(flags: Flags, ranks: common.Ranks) -> None:
-    """Do ranks, batches and classes divide, is there room? Said now, not after the teacher. UserError if not."""
+    """Do ranks, batches and classes divide, is there room? UserError if not."""
     out = Path(flags.run.out).absolute()
     place = next(p for p in (out, *out.parents) if p.exists())
     here, free = sum(p.stat().st_size for p in out.rglob("state*.pt") if p.exists()), shutil.disk_usage(place).free
     each = len(flags.students) if flags.student >= 0 else sum(flags.students)
-    wanted = 3 * memory(flags) * len(flags.run.all_seeds()) * each
+    wanted = 3 * cost.memory(flags) * len(flags.run.all_seeds()) * each
     if wanted > here + free:
         raise UserError(f"{place}: checkpoints want {wanted / 2 ** 30:.1f} GiB, free are {free / 2 ** 30:.1f}")
     for K in flags.students:
         if flags.partition not in ("kmeans", "quadrant"):  # those want the teacher's embeddings
-            partition(facts_of(flags).classes, K, flags.partition, seed=flags.run.seed)
-        own = ranks if facts_of(flags).stacked or flags.student >= 0 else ranks.split(K)[1]
+            partition(flags.facts.classes, K, flags.partition, seed=flags.run.seed)
+        own = ranks if flags.facts.stacked or flags.student >= 0 else ranks.split(K)[1]
         for stage, _ in stages_of(flags):
             own.parts(stage.length(flags)[1], flags.run.micro_batch)
 

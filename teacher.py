@@ -171,7 +171,7 @@ def _networks(flags, given: dict[int, Given], ranks: Ranks) -> None:
 
 def make_pairs(teacher, z: Tensor, label: Tensor, steps: int, chunk: int = 8192, **other) -> Tensor:
     """y [..., N, *shape], on the CPU: where the teacher's ODE takes unit-variance latents z, of label [..., N]
-    [MSD App. D.2.1]. other: edm.heun's order and churn, for other samples than pairs."""
+    [MSD App. D.2.1]. other: edm.heun's order and churn."""
     lead = label.ndim - 1
     chunks = zip(z.split(chunk, lead), label.split(chunk, lead))
     return torch.cat([edm.heun(teacher, a, b, steps, **other).cpu() for a, b in chunks], lead)

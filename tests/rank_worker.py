@@ -31,7 +31,8 @@ def stack(stage, flags, groups, size, out: Path, pairs: int, ranks=None) -> tupl
     """(run, flags, task) for stage.train: students of these groups of classes, without anything trained before.
 
     The teacher is a network with random weights, which they start from; y = z / 2; the judge compares means."""
-    facts, ranks, (steps, batch) = msd.facts_of(flags), ranks or common.Ranks(), stage.length(flags)
+    facts = data.facts(flags.run.dataset, flags.run.resolution)
+    ranks, (steps, batch) = ranks or common.Ranks(), stage.length(flags)
     torch.manual_seed(0)
     D = edm.Precond(facts.net(1, size), facts.sigma_data).requires_grad_(False)
     for p in D.parameters():  # some of a U-Net's are 0
