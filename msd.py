@@ -6,7 +6,7 @@
     x = G_k(z; y) with y in Y_k     Router, route, generate
 
 A stage trains a stack of students, who never see each other: tsm, dm, adm; cd [MSD App. A.2]; post, a baseline. Not
-here: the teacher (teacher.py), stacks and folders (students.py), distances and tables (evaluate.py).
+here: the teacher (teacher.py), stacks and folders (students.py), distances and tables (evaluate.py), costs (cost.py).
 
 Run      python msd.py --dataset toy --students 8
 Stages   python msd.py --students 8 --student-size XS --stages tsm,dm,adm
@@ -395,9 +395,9 @@ def main(argv=None) -> int:
     return 0
 
 
-def alone(stage: str) -> None:
-    """`python dmd.py …`: this stage alone, one student for all classes."""
-    raise SystemExit(main(["--students", "1", "--stages", stage, *sys.argv[1:]]))
+def alone(stages: str) -> None:
+    """`python dmd.py …`: one student for all classes."""
+    raise SystemExit(main(["--students", "1", "--stages", stages, *sys.argv[1:]]))
 
 
 if __name__ == "__main__":
