@@ -15,8 +15,8 @@ not reported. The fake denoiser starts again as the teacher, as the paper found 
 the KL term alone, no regression: the control. Not here: F_ADM (msd.py).
 
 What is healthy (gan.png): the distance falls; the critic is right on a little more than half; its loss stays a little
-below 2 log 2, G's a little above log 2, both flat. Near 1.0 on both: G is losing. At 0.5 throughout: the head learns
-nothing. More: docs/faq.md.
+below 2 log 2, G's a little above log 2, both flat. Right on nearly all: G is losing. On half throughout: the head
+learns nothing. More: docs/faq.md.
 
 Departures from the paper
  1. "Middle block", "probability": the encoder's last block and a logit, as in the code that the paper builds on.

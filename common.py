@@ -275,13 +275,13 @@ class Average:
     """The weights that are kept: an exponential moving average `now`, and each student's `best` of it.
 
     select(net) -> [M]: the distance by which that is chosen, in metrics.csv as select.name; it leaves some of what it
-    judged, select.seen [M, n, *shape]. select.students: M."""
+    judged, select.seen [M, n, *shape]."""
 
     def __init__(self, net: nn.Module, decay: float, select=None):
         self.net, self.decay, self.select = net, decay, select
         self.now = copy.deepcopy(net).requires_grad_(False)
         self.best = copy.deepcopy(self.now) if select else None
-        self.record = {"distance": torch.full((select.students,), math.inf), "seen": []} if select else {}
+        self.record = {"distance": torch.full((len(select.students),), math.inf), "seen": []} if select else {}
 
     def state(self) -> dict:
         """For a checkpoint."""

@@ -1,6 +1,6 @@
-"""What a run will cost, for --dry-run: weights, memory, and the bill, which is what run.py will count.
+"""What a run will cost: weights, memory, and the bill, whose rows of networks run.py will count.
 
-stages: modules, in order, each with its `length` and `passes`.
+stages: modules, in order, see students.py.
 """
 import functools
 import math
@@ -38,9 +38,9 @@ def sizes_of(flags) -> tuple:
 
 
 def memory(flags) -> int:
-    """Bytes that a student's rank holds in float32: averages, gradients, AdamW's moments, pairs."""
+    """Bytes that a student's rank holds in float32: weights, averages, gradients, AdamW's moments, pairs."""
     (t, s), stages = (weights(flags.facts, size) for size in sizes_of(flags)), {*flags.order()}
-    pairs = flags.dm.pairs * math.prod(flags.facts.shape) if stages & {"dm", "post"} else 0
+    pairs = flags.run.seeds * flags.dm.pairs * math.prod(flags.facts.shape)
     of_t, of_s = 1 + 4 * bool(stages & {"dm", "adm"}) + ("post" in stages), 6 + ("cd" in stages)
     return 4 * (t * of_t + s * of_s) + 6 * pairs
 
@@ -67,14 +67,15 @@ def room(flags, stages: list) -> str:
     """Which --micro-batch fits, by the passes that are held at once."""
     t, s = (activations(flags.facts, size) for size in sizes_of(flags))
     held = {"dm": max(s + s * (flags.dm.reg_weight > 0), t), "adm": max(s + t, 3 * t)}
-    each = max(held.get(name, s) + dmd.LPIPS_BYTES * (name in dmd.with_lpips(flags)) for name in flags.order())
-    batches = [stage.length(flags)[1] for stage in stages]
-    batch, left, lines = math.gcd(*batches, flags.teacher.batch * (flags.teacher.which == "train")), memory(flags), []
-    for gigabytes in (8, 16, 24, 80):
-        most = int((0.9 * gigabytes * 2 ** 30 - left) / each)
-        fits = [n for n in range(1, most + 1) if batch % n == 0]
-        lines.append(f"{gigabytes} GB: {max(fits, default='none')}")
-    return f"--micro-batch, estimated: {', '.join(lines)} ({each / 2 ** 20:.0f} MiB a sample)"
+    train, batch = flags.teacher.which == "train", math.gcd(*(stage.length(flags)[1] for stage in stages))
+    each = [held.get(stage.NAME, s) + dmd.LPIPS_BYTES * (stage.NAME in dmd.with_lpips(flags)) for stage in stages]
+    each, batch = max(t * train, *each, 1), math.gcd(batch, flags.teacher.batch * train)
+
+    def fits(gigabytes: int):
+        most = int((0.9 * gigabytes * 2 ** 30 - memory(flags)) / each)
+        return max((n for n in range(1, most + 1) if batch % n == 0), default="none")
+    found = ", ".join(f"{n} GB: {fits(n)}" for n in (8, 16, 24, 80))
+    return f"--micro-batch, estimated: {found} ({each / 2 ** 20:.0f} MiB a sample)"
 
 
 def bill(flags, stages: list) -> list[tuple[str, float]]:
@@ -91,8 +92,7 @@ def bill(flags, stages: list) -> list[tuple[str, float]]:
                  (f"{drawn:,} samples to compare with", drawn * each)]
     for stage in stages:
         (of_t, of_s), (steps, batch) = stage.passes(flags), stage.length(flags)
-        number = len(flags.students) if flags.student >= 0 else sum(flags.students)
-        number = 1 if stage is tsm and flags.tsm.common else number
+        number = 1 if stage is tsm and flags.tsm.common else flags.trained()
         rows.append((f"{stage.NAME}, {number} networks", number * batch * (of_t + ratio * of_s)))
         if stage.NAME in dmd.with_lpips(flags):
             rows.append((f"{stage.NAME}, LPIPS", number * batch * steps * dmd.LPIPS_MULTIPLY_ADDS / t))

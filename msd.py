@@ -74,6 +74,10 @@ class Flags:
         """Of the dataset, at this run's resolution."""
         return data.facts(self.run.dataset, self.run.resolution)
 
+    def trained(self) -> int:
+        """Students that a seed trains."""
+        return sum(K if self.student < 0 else K > self.student for K in self.students)
+
     def order(self) -> list[str]:
         """The stages of this run."""
         return ["cd"] if (self.method, self.stages) == ("cd", "dm") else self.stages.split(",")
@@ -88,7 +92,8 @@ PRESETS = {"run": run.PRESETS, "teacher": edm.PRESETS, "dm": dmd.PRESETS, "tsm":
 
 
 CONFLICTS = [  # (is it so?, what to say), for flags.check
-    (lambda f: not Path(f.init).is_file() and f.init.split("-")[0] not in ("", "teacher", "random", "tsm", *ONE_STEP),
+    (lambda f: not Path(f.init).is_file() and f.init not in ("", "teacher", "random", "tsm") and
+               f.init.split("-")[0] not in ONE_STEP,
      "--init {f.init}: no such file, and none of teacher, random, tsm, dm, adm, post, cd (these four with -TAG)"),
     (lambda f: max(f.students) > f.facts.classes, "--students {f.students}: more than the dataset has classes"),
     (lambda f: f.method == "cd" and "cd" not in f.order(), "--method cd: needs --stages cd or tsm,cd"),
@@ -126,7 +131,7 @@ def filter_dm(D: Data, Y_k: Tensor) -> Data:
 
 
 def filter_adm(D: Data, Y_k: Tensor) -> Data:
-    """F_ADM(D, Y_k) = (D_real, C_{Y_k}) [MSD Sec. 3.2], D_real read as that of Y_k."""
+    """F_ADM(D, Y_k) = (D_real, C_{Y_k}) [MSD Sec. 3.2]; of D_real only what is of Y_k."""
     return D._replace(real=D.real[data.of_classes(D.real, Y_k)], conditions=Y_k)
 
 
@@ -350,8 +355,7 @@ def divide(flags: Flags, ranks: common.Ranks) -> None:
     out = Path(flags.run.out).absolute()
     place = next(p for p in (out, *out.parents) if p.exists())
     here, free = sum(p.stat().st_size for p in out.rglob("state*.pt") if p.exists()), shutil.disk_usage(place).free
-    each = len(flags.students) if flags.student >= 0 else sum(flags.students)
-    wanted = 3 * cost.memory(flags) * len(flags.run.all_seeds()) * each
+    wanted = 2 * cost.memory(flags) * flags.run.seeds * flags.trained()
     if wanted > here + free:
         raise UserError(f"{place}: checkpoints want {wanted / 2 ** 30:.1f} GiB, free are {free / 2 ** 30:.1f}")
     for K in flags.students:

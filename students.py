@@ -223,12 +223,12 @@ class Selection:
         given = inputs[students[0].seed]
         self.facts, self.judge, self.ranks = given.facts, given.judge, ranks
         self.name = self.facts.metric + "_data" * (by == "real_select")
-        self.of, self.students, self.samples = students, len(students), samples - samples % ranks.size
+        self.students, self.samples = students, samples - samples % ranks.size
         self.references = {seed: g.references[by] for seed, g in inputs.items()}
 
     @torch.no_grad()
     def __call__(self, G) -> Tensor:
-        draws, n = Draws("select", self.of, self.ranks.device), self.samples
+        draws, n = Draws("select", self.students, self.ranks.device), self.samples
         label = torch.stack([c[data.stratified(n, len(c))] for c in draws.classes])
         z, part = draws.normal(0, "z", n, *self.facts.shape), self.ranks.parts(n)[0]
         chunks = zip(*(v[:, part].split(min(4096, self.facts.chunk), 1) for v in (z, label)))
@@ -236,7 +236,7 @@ class Selection:
         x = self.ranks.gather(x.transpose(0, 1)).transpose(0, 1)
         self.seen = x[:, :0 if self.facts.stacked else 20].half().cpu()  # of the same latents, for progress.png
         return torch.tensor([self.judge.distance(self.judge.statistics(a, c), self.references[s.seed], s.classes)
-                             for s, a, c in zip(self.of, x, label)])
+                             for s, a, c in zip(self.students, x, label)])
 
 
 class Task:

@@ -1,8 +1,11 @@
-"""Paths, --run-slow, tiny data, finished smoke runs that tests share, and a stage's loop without the files of a run."""
+"""Two processes of tests, --run-slow, commands in a process of their own, tiny data, smoke runs that tests share, and
+a stage's loop without the files of a run."""
+import contextlib
 import gzip
 import multiprocessing
 import os
 import pickle
+import signal
 import struct
 import sys
 import tempfile
@@ -11,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # two threads beside another job make small networks ten times slower
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what has looked at a GPU can't be forked
 os.environ["TQDM_DISABLE"] = "1"  # before tqdm is imported; commands in processes of their own inherit it
 
 import numpy as np
@@ -19,8 +23,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(1)  # nets this small gain nothing from more, and lose much beside other jobs
-
 import data
 import edm
 import evaluate
@@ -63,15 +65,16 @@ class Sent:
 
     def pytest_runtest_logreport(self, report):
         pickle.dump(self.config.hook.pytest_report_to_serializable(config=self.config, report=report), self.file)
+        self.file.flush()
 
 
 def pytest_runtestloop(session):
-    """Two processes, a core each, take the files of tests, the longest file first; a report each for pytest's table."""
-    config, files = session.config, {}
+    """Two processes, a core each, take turns at the files of tests, the largest first; the second reports at the end."""
+    config, asked, files = session.config, session.config.option, {}
     for item in session.items:
         files.setdefault(item.path, []).append(item)
-    one = config.option.collectonly or config.option.usepdb or session.testsfailed or not hasattr(os, "fork")
-    if one or len(files) < 2:
+    alone = asked.collectonly or asked.usepdb or asked.trace or session.testsfailed or not hasattr(os, "fork")
+    if alone or len(files) < 2:
         return None  # pytest's own loop
     order = sorted(files.values(), key=lambda items: -items[0].path.stat().st_size)
     taken, reports = multiprocessing.Value("i", 0), tempfile.TemporaryFile()
@@ -84,33 +87,43 @@ def pytest_runtestloop(session):
                 return
             yield from order[i]
 
-    second = os.fork()
-    if not second:
-        capture = config.pluginmanager.getplugin("capturemanager")
-        capture.stop_global_capturing()
-        capture.start_global_capturing()  # into files of its own
-        config.pluginmanager.unregister(name="terminalreporter")
-        config.pluginmanager.register(Sent(config, reports))
+    config._tmp_path_factory.getbasetemp()  # one for both
+    end, second = "", os.fork()
     try:
+        if not second:
+            capture = config.pluginmanager.getplugin("capturemanager")
+            capture.stop_global_capturing()
+            capture.start_global_capturing()  # into files of its own
+            config.get_terminal_writer()._file = open(os.devnull, "w")
+            config.pluginmanager.register(Sent(config, reports))
         items = mine()
         item = next(items, None)
         while item and not session.shouldfail and not session.shouldstop:
             following = next(items, None)
             config.hook.pytest_runtest_protocol(item=item, nextitem=following)
             item = following
-        reports.flush()
+    except BaseException:
+        if second:
+            raise
+        end = traceback.format_exc()
     finally:
+        taken.value = len(order)  # where one stops, the other does
         if not second:
-            os._exit(sys.exc_info()[0] is not None)
-    code = exit_code(second)
+            pickle.dump(end, reports)
+            reports.flush()
+            os._exit(0)
+    os.waitpid(second, 0)
     reports.seek(0)
-    while report := reports.peek(1) and pickle.load(reports):
-        report = config.hook.pytest_report_from_serializable(config=config, data=report)
-        config.hook.pytest_runtest_logreport(report=report)
-    if code:
-        raise session.Failed("the second process of tests ended early")
-    if session.shouldfail:
-        raise session.Failed(session.shouldfail)
+    end = "the second process of tests is gone"
+    with contextlib.suppress(EOFError, pickle.UnpicklingError):
+        while not isinstance(report := pickle.load(reports), str):
+            report = config.hook.pytest_report_from_serializable(config=config, data=report)
+            config.hook.pytest_runtest_logreport(report=report)
+        end = report
+    if end or session.shouldfail:
+        raise session.Failed(end or session.shouldfail)
+    if session.shouldstop:
+        raise session.Interrupted(session.shouldstop)
     return True
 
 
@@ -235,17 +248,19 @@ class Asked:
 
 
 def forked(main, argv, words: Path, **environment) -> int:
-    """The process of main(argv) in a copy of this one, which need not import torch again; what it says: a file."""
+    """The process of main(argv) in a copy of this one, which need not import torch again; what it says: a file. It may
+    take ten minutes."""
     process = os.fork()
     if process:
         return process
-    os.environ.update(environment)
-    sys.stdout = sys.stderr = words.open("w", buffering=1)
     code = 1
     try:
+        signal.alarm(600)
+        os.environ.update(environment)
+        sys.stdout = sys.stderr = words.open("w", buffering=1)
         code = main([*map(str, argv)])
-    except SystemExit as end:
-        code = end.code
+    except SystemExit as stop:
+        code = stop.code
     except BaseException:
         traceback.print_exc()
     finally:

@@ -1,5 +1,4 @@
-"""One rank of tests/test_ranks.py, with RANK and WORLD_SIZE as torchrun sets them; and a small stack to train."""
-import os
+"""A small stack to train, on one rank or several."""
 from pathlib import Path
 
 import torch
@@ -63,21 +62,3 @@ def double(out: Path, name: str) -> None:
     if training.main:
         torch.save(kept["ema.pt"].state_dict(), out / "weights.pt")
     common.leave(training.ranks)
-
-
-def main(argv) -> int:
-    """A rank: `double OUT NAME`; or msd.py's flags, after `dies` for a second rank that is gone after a few steps."""
-    if argv[0] == "double":
-        torch.set_default_dtype(torch.float64)
-        double(Path(argv[1]), argv[2])
-        return 0
-    if argv[0] == "dies" and os.environ["RANK"] == "1":
-        original, count = common.Ranks.add_gradients, []
-
-        def add_gradients(self, net):
-            count.append(1)
-            if len(count) == 3:
-                os._exit(9)
-            original(self, net)
-        common.Ranks.add_gradients = add_gradients
-    return msd.main(argv[argv[0] == "dies":])

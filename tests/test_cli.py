@@ -196,7 +196,7 @@ def test_commands_that_are_printed(line, run, image_run, small, tiny, tmp_path, 
         K = [] if "docs/data/fashion" in line else K
         argv += {"sample.py": [*K, "--seeds", "0-9"], "tests/benchmark.py": ["--quick"]}.get(script, [])
     if line.startswith("torchrun"):
-        assert all(code == 0 for code, _ in launch(tmp_path / "words", *argv))
+        assert all(code == 0 for code, _ in launch(tmp_path / "words", msd.main, *argv))
     else:
         command(script, *argv)
 

@@ -1,4 +1,5 @@
 """Two ranks see the batch of one; students go to ranks of their own; nobody waits for a rank that died."""
+import os
 import socket
 from pathlib import Path
 
@@ -15,13 +16,13 @@ from students import load_students
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 
-def launch(words: Path, *argv) -> list[tuple[int, str]]:
-    """Start two ranks on this machine; (exit code, output) of each."""
+def launch(words: Path, main, *argv) -> list[tuple[int, str]]:
+    """main(argv) on two ranks of this machine, as torchrun starts them; (exit code, output) of each."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         env = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
     files = [words.with_name(f"{words.name}{r}") for r in "01"]
-    ranks = [forked(rank_worker.main, argv, file, **env, RANK=r, LOCAL_RANK=r) for r, file in zip("01", files)]
+    ranks = [forked(main, argv, file, **env, RANK=r, LOCAL_RANK=r) for r, file in zip("01", files)]
     return [(exit_code(rank), file.read_text()) for rank, file in zip(ranks, files)]
 
 
@@ -31,7 +32,7 @@ def test_two_ranks_are_one_rank_on_the_joined_batch(tmp_path, net, double):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     rank_worker.double(tmp_path / "one", net)
-    results = launch(tmp_path / "words", "double", tmp_path / "two", net)
+    results = launch(tmp_path / "words", lambda argv: rank_worker.double(tmp_path / "two", net))
     assert all(code == 0 for code, _ in results), results
     one, two = (torch.load(tmp_path / name / "weights.pt") for name in ("one", "two"))
     assert all(v.dtype == torch.float64 for v in one.values())
@@ -51,7 +52,7 @@ def same_students(out, other, K=3) -> bool:
 @pytest.mark.slow
 def test_students_in_turn_on_fewer_ranks_are_the_same_bit_for_bit(tmp_path, tiny, image_run):
     teacher = str(image_run / "seed0/teacher/ema.pt")
-    results = launch(tmp_path / "words", *image_argv(tiny, tmp_path, "--students", "3", "--teacher", teacher))
+    results = launch(tmp_path / "words", msd.main, *image_argv(tiny, tmp_path, "--students", "3", "--teacher", teacher))
     assert all(code == 0 for code, _ in results), results
     assert same_students(image_run, tmp_path) and (tmp_path / "results.json").exists()
 
@@ -90,6 +91,16 @@ def test_what_does_not_divide(share, words):
         share()
 
 
-def test_a_rank_that_dies_stops_the_others_with_a_message(tmp_path):
-    (code0, text0), (code1, _) = launch(tmp_path / "words", "dies", "--preset", "smoke", "--students", "1", "--out", tmp_path)
+def test_a_rank_that_dies_stops_the_others_with_a_message(tmp_path, monkeypatch):
+    """The second, after a few steps."""
+    original, count = common.Ranks.add_gradients, []
+
+    def add_gradients(self, net):
+        count.append(1)
+        if os.environ["RANK"] == "1" and len(count) == 3:
+            os._exit(9)
+        original(self, net)
+    monkeypatch.setattr(common.Ranks, "add_gradients", add_gradients)
+    argv = ("--preset", "smoke", "--students", "1", "--out", tmp_path)
+    (code0, text0), (code1, _) = launch(tmp_path / "words", msd.main, *argv)
     assert code1 == 9 and code0 == 2 and "another rank stopped" in text0 and "Traceback" not in text0
