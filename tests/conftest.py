@@ -120,8 +120,9 @@ def pytest_runtestloop(session):
             report = config.hook.pytest_report_from_serializable(config=config, data=report)
             config.hook.pytest_runtest_logreport(report=report)
         end = report
-    if end or session.shouldfail:
-        raise session.Failed(end or session.shouldfail)
+    session.shouldfail = session.shouldfail or end
+    if session.shouldfail:
+        raise session.Failed(session.shouldfail)
     if session.shouldstop:
         raise session.Interrupted(session.shouldstop)
     return True
