@@ -8,7 +8,6 @@ of all seeds become results.json, a table, verdicts, figures. Two results files 
 """
 import argparse
 import contextlib
-import functools
 import json
 import math
 from dataclasses import dataclass
@@ -129,15 +128,12 @@ def judge(run_flags: run.Flags, source: Callable, ranks: common.Ranks) -> Judge:
     def spread(mine: Features, of_data: Features) -> dict:
         pair = fid.precision_recall(of_data.some(10_000), mine.some(10_000))
         return dict(zip(("precision", "recall"), pair))
-
-    @functools.cache
-    def real() -> dict:
-        weights = common.fingerprint(net.net if run_flags.features else net)
-        report, select = (extracted(f"{weights}-{name}-{len(of[2])}", *of) for name, of in
-                          zip(("report", "select"), source().truth(0, run_flags.eval_samples)))
-        return {"real": report, "real_select": select, "floor_data": report.distance(select)}
     net = fid.Inception(run_flags.features, device) if run_flags.features else trained()
-    return Judge(net.name, statistics, Features.distance, check, lambda seed, number: dict(real()), spread)
+    weights = common.fingerprint(net.net if run_flags.features else net)
+    report, select = (extracted(f"{weights}-{name}-{len(of[2])}", *of) for name, of in
+                      zip(("report", "select"), source().truth(0, run_flags.eval_samples)))
+    real = {"real": report, "real_select": select, "floor_data": report.distance(select)}
+    return Judge(net.name, statistics, Features.distance, check, lambda seed, number: real, spread)
 
 
 # ---- a sampler's row, {name in results.json: value}

@@ -87,35 +87,36 @@ def prepare(flags, ranks: Ranks, students_by_class: bool = True, churn=edm.Churn
     size, net = (network.size, network.net.to(ranks.device)) if network else (t.size or "B", None)
     given = {seed: Given(seed, facts, source, {**origin, "seed": seed}, exact, t.cfg, size, net, real=source)
              for seed in flags.run.all_seeds()}
-    with run.alone([Path(flags.run.out) / "data"], ranks):  # jobs of an array share all this
+    alone = students_by_class and flags.order() == ["teacher"]
+    with run.alone([Path(flags.run.out) / "data"], ranks):  # jobs of an array share it
         if not facts.stacked:
             _at_hand(flags, source(), ranks, students_by_class)
             data.same_data(flags.run, source())
-        if t.which == "train" or exact and students_by_class:
-            _networks(flags, given, ranks)
-        if students_by_class and flags.order() == ["teacher"]:
-            return {}
-        judge = evaluate.judge(flags.run, source, ranks)
-        for g in given.values():
-            g.judge, g.ancestry = judge, {**g.lineage, **churn}
-            g.ancestry |= {} if facts.stacked else {"features": Path(flags.run.features).name or "classifier"}
-            if students_by_class:
-                if exact:  # what determines the weights that TSM makes
-                    of_tsm = values(flags.tsm) | {"tsm_decay": t.decay}
-                    g.ancestry["weights of exact"] = [of_tsm, t.noise_law, t.P_mean, t.P_std, t.size, flags.init]
-                folder, n = Path(flags.run.out) / f"seed{g.seed}" / "pairs", flags.dm.pairs
-                made = solve(folder / str(n), "pairs", n, g, t.sampler_steps, ranks)
-                g.pairs = {k: v.to(ranks.device) for k, v in made.items()}  # D_paired
-            g.references = _references(flags, g, ranks, churn)
-        if not students_by_class:
-            return given
-        D, real = students.whole(facts, flags.dm.pairs), source
-        if flags.real == "generated":
-            y, label = (torch.cat([g.pairs[k] for g in given.values()]) for k in ("y", "label"))
-            generated = data.Generated(y, label, list(given))
-            D, real = D._replace(real=D.pair_label.unique()), lambda: generated
-        for g in given.values():
-            g.D, g.real = D, real
+        judge = None if alone else evaluate.judge(flags.run, source, ranks)
+    if t.which == "train" or exact and students_by_class:
+        _networks(flags, given, ranks)
+    if alone:
+        return {}
+    for g in given.values():
+        g.judge, g.ancestry = judge, {**g.lineage, **churn}
+        g.ancestry |= {} if facts.stacked else {"features": Path(flags.run.features).name or "classifier"}
+        if students_by_class:
+            if exact:  # what determines the weights that TSM makes
+                of_tsm = values(flags.tsm) | {"tsm_decay": t.decay}
+                g.ancestry["weights of exact"] = [of_tsm, t.noise_law, t.P_mean, t.P_std, t.size, flags.init]
+            folder, n = Path(flags.run.out) / f"seed{g.seed}" / "pairs", flags.dm.pairs
+            made = solve(folder / str(n), "pairs", n, g, t.sampler_steps, ranks)
+            g.pairs = {k: v.to(ranks.device) for k, v in made.items()}  # D_paired
+        g.references = _references(flags, g, ranks, churn)
+    if not students_by_class:
+        return given
+    D, real = students.whole(facts, flags.dm.pairs), source
+    if flags.real == "generated":
+        y, label = (torch.cat([g.pairs[k] for g in given.values()]) for k in ("y", "label"))
+        generated = data.Generated(y, label, list(given))
+        D, real = D._replace(real=D.pair_label.unique()), lambda: generated
+    for g in given.values():
+        g.D, g.real = D, real
     return given
 
 
