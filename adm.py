@@ -28,7 +28,7 @@ Departures from the paper
  4. The toy: a small MLP for a head on ToyNet's middle layer, GAN weights 0.03 and 1, and the head sees bins 0 to 100 of
     1000 (sigma <= 0.017): above, real and generated samples look alike to it.
 
-Run      python adm.py --dataset toy                  DM first, unless it is there
+Run      python adm.py --dataset toy                  after python dmd.py --dataset toy
 """
 from dataclasses import dataclass, replace
 
@@ -247,4 +247,4 @@ def gan_metrics(x: Tensor, grad: Tensor, gan_G: Tensor | None, dm_weight: float,
 
 if __name__ == "__main__":
     import msd
-    msd.alone("dm,adm")
+    msd.alone(NAME)

@@ -201,8 +201,8 @@ def one_step(G, z: Tensor, label: Tensor | None) -> Tensor:
     """x = G(sigma z; sigma, label), sigma = G.sigma_in, by default sigma_max: z [..., *shape] has unit variance and is
     scaled here, exactly once.
 
-    label [...] (int64), None, or, of a network with fixed embeddings, embeddings [..., d] themselves."""
-    lead = z.shape[:1] if label is None else label.shape[:-1] if label.is_floating_point() else label.shape
+    label [...] (int64), or None: without a class."""
+    lead = z.shape[:1] if label is None else label.shape
     return G(G.sigma_in * z, torch.full(lead, G.sigma_in, dtype=z.dtype, device=z.device), label)
 
 

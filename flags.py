@@ -186,7 +186,9 @@ def parse(cls, presets: dict, argv=None, doc: str = ""):
                 chosen[name] = line[f.name]
     made, best = {group: {} for group in parts}, default | chosen | given
     for name, (group, f) in table.items():
-        made[group][f.name] = value = Bins(*best[name]) if f.type is Bins else best[name]
+        value = best[name]
+        value = Bins(*value) if f.type is Bins else [*dict.fromkeys(value)] if isinstance(value, list) else value
+        made[group][f.name] = value
         if name in given and (wrong := _wrong(value, **f.metadata)):
             parser.error(f"{option(name)} {wrong}")
     if lines and (dataset, preset) not in lines:

@@ -221,37 +221,17 @@ def read_partition(path: str, classes: int, students: int) -> list[Tensor]:
 
 
 class Router:
-    """Which student answers? label [...] -> k [...]. UserError for a class that is not there.
+    """Which student answers? label [...] -> k [...]. UserError for a class that is not there."""
 
-    With a table E [classes, d] also of embeddings [..., d]: a row of E has its own student, another that of its
-    quadrant, if the classes are split so, else of the nearest centroid."""
-
-    def __init__(self, parts: list[Tensor], embeddings: Tensor | None = None):
-        self.K, self.table, self.E = len(parts), torch.full((1 + int(torch.cat(parts).max()),), -1), embeddings
+    def __init__(self, parts: list[Tensor]):
+        self.K, self.table = len(parts), torch.full((1 + int(torch.cat(parts).max()),), -1)
         for k, Y_k in enumerate(parts):
             self.table[Y_k] = k
 
     def __call__(self, label: Tensor) -> Tensor:
-        if label.is_floating_point() and self.E is not None:
-            return self.unseen(label)
         if label.is_floating_point() or not ((label >= 0) & (label < len(self.table))).all():
             raise UserError(f"labels {label.flatten()[:4].tolist()} …: not in 0 to {len(self.table) - 1}")
         return self.table[label.cpu()].to(label.device)
-
-    def unseen(self, embedding: Tensor) -> Tensor:
-        """Student index [...] of embeddings [..., d]."""
-        flat, E = embedding.reshape(-1, embedding.shape[-1]), self.E.to(embedding)
-        centroids = torch.stack([E[self.table == k].mean(0) for k in range(self.K)])
-        by_quadrant = self.K == 4 and torch.equal(quadrant(E).cpu(), self.table)
-        k = quadrant(flat) if by_quadrant else torch.cdist(flat, centroids).argmin(-1)
-        gap, row = (flat[:, None] - E).abs().amax(-1).min(-1)
-        k[gap < 1e-6] = self(row[gap < 1e-6])
-        return k.reshape(embedding.shape[:-1])
-
-
-def router_of(students: Students) -> Router:
-    """The router of these students."""
-    return Router(students.parts, students.facts.embeddings and students.facts.embeddings())
 
 
 def route(students: Students, router: Router, z: Tensor, label: Tensor) -> Tensor:
@@ -265,30 +245,30 @@ def route(students: Students, router: Router, z: Tensor, label: Tensor) -> Tenso
     count = one_hot(k, router.K).cumsum(0)  # [B, K]
     place = count.gather(1, k[:, None])[:, 0] - 1  # [B]: a sample's row in its student's block
     block = router.K, int(count[-1].max())
-    z_k, label_k = z.new_zeros(*block, *z.shape[1:]), label.new_zeros(*block, *label.shape[1:])  # padded
+    z_k, label_k = z.new_zeros(*block, *z.shape[1:]), label.new_zeros(block)  # padded
     z_k[k, place], label_k[k, place] = z, label
     return dmd.one_step(students.stack, z_k, label_k)[k, place]
 
 
 @torch.no_grad()
 def generate(folder, label: Tensor, seeds) -> Tensor:
-    """One-step samples x [B, *shape] of the classes (or embeddings) label [B], from B seeds.
+    """One-step samples x [B, *shape] of the classes label [B], from B seeds.
 
     folder: runs/toy/seed0/students8, or Students."""
     label = torch.as_tensor(label)
     students = (folder if isinstance(folder, Students) else load_students(folder)).to(label.device)
-    if label.dtype == torch.bool or label.ndim != 1 + label.is_floating_point() or not 0 < len(label) == len(seeds):
+    whole = not label.is_floating_point() and label.dtype != torch.bool
+    if not whole or label.ndim != 1 or not 0 < len(label) == len(seeds):
         raise UserError(f"generate: labels {list(label.shape)} and {len(seeds)} seeds; one of each for a sample")
-    label = label if label.is_floating_point() else label.long()
     z = common.latents(seeds, students.facts.shape).to(label.device)
-    return route(students, router_of(students), z, label)
+    return route(students, Router(students.parts), z, label.long())
 
 
 # ---- what a run ends with
 
 def sampled(students: Students, z: Tensor, label: Tensor, device) -> Tensor:
     """One-step samples of labels [N] from latents z [N, *shape], on the CPU; images as uint8."""
-    stacked, x, router = students.to(device).facts.stacked, torch.empty_like(z), router_of(students)
+    stacked, x, router = students.to(device).facts.stacked, torch.empty_like(z), Router(students.parts)
     order = torch.arange(len(label)) if stacked else router(label).argsort(stable=True)  # student after student
     for rows in order.split(16_384 if stacked else students.facts.chunk):
         x[rows] = route(students, router, z[rows].to(device), label[rows].to(device)).cpu()
@@ -339,11 +319,11 @@ def plan(flags: Flags) -> int:
             parts = partition(flags.facts.classes, K, flags.partition, seed=flags.run.seed)
             print("  lowest to highest class of each", " | ".join(f"{Y_k[0]}-{Y_k[-1]}" for Y_k in parts))
     print(f"a student's rank holds {cost.memory(flags) / 2 ** 30:.2f} GiB in float32, without activations")
-    if not flags.facts.stacked:
+    rows = cost.bill(flags, stages)
+    if rows and not flags.facts.stacked:
         print(cost.room(flags, stages))
     if flags.teacher.which not in ("train", "exact") and not Path(flags.teacher.which).is_file():
         print(f"{flags.teacher.which} is not here: counted as size {flags.teacher.size or 'B'}")
-    rows = cost.bill(flags, stages)
     print(f"the bill, without judging, in evaluations of the teacher, {t:,} parameters:")
     for what, number in [*rows, ("in all", sum(number for _, number in rows))]:
         print(f"  {number:>22,.0f}  {what}")
@@ -351,13 +331,18 @@ def plan(flags: Flags) -> int:
 
 
 def divide(flags: Flags, ranks: common.Ranks) -> None:
-    """Do ranks, batches and classes divide, is there room? UserError if not."""
+    """Do ranks, batches and classes divide, are starts and room there? UserError if not."""
     out = Path(flags.run.out).absolute()
     place = next(p for p in (out, *out.parents) if p.exists())
     here, free = sum(p.stat().st_size for p in out.rglob("state*.pt") if p.exists()), shutil.disk_usage(place).free
     wanted = 2 * cost.memory(flags) * flags.run.seeds * flags.trained()
     if wanted > here + free:
         raise UserError(f"{place}: checkpoints want {wanted / 2 ** 30:.1f} GiB, free are {free / 2 ** 30:.1f}")
+    given = teacher.Given(0, flags.facts, None, {}, False, 1.0, cost.sizes_of(flags)[0] or "B")
+    for seed, K in itertools.product(flags.run.all_seeds(), flags.students):
+        for k in range(K):
+            if flags.student in (-1, k) and stages_of(flags):
+                first_start(flags, Student(seed, K, k, ()), given)
     for K in flags.students:
         if flags.partition not in ("kmeans", "quadrant"):  # those want the teacher's embeddings
             partition(flags.facts.classes, K, flags.partition, seed=flags.run.seed)
@@ -399,9 +384,9 @@ def main(argv=None) -> int:
     return 0
 
 
-def alone(stages: str) -> None:
-    """`python dmd.py …`: one student for all classes."""
-    raise SystemExit(main(["--students", "1", "--stages", stages, *sys.argv[1:]]))
+def alone(stage: str) -> None:
+    """`python dmd.py …`: this stage alone, one student for all classes."""
+    raise SystemExit(main(["--students", "1", "--stages", stage, *sys.argv[1:]]))
 
 
 if __name__ == "__main__":

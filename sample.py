@@ -78,7 +78,7 @@ def main(argv=None):
     """Draw samples, print their cost, write files."""
     flags = parse(Flags, {}, argv, __doc__)
     device, path, seeds = run.device(flags.device), Path(flags.run), parse_seeds(flags.seeds)
-    home = next(iter(sorted(path.glob("seed[0-9]*"))), path)
+    home = min(path.glob("seed[0-9]*"), key=lambda p: (len(p.name), p.name), default=path)
     configs = [*home.glob("reference/config.json"), *home.glob("teacher/config.json")]
     about = run.load_json(configs[0], "dataset") if configs else {}
     steps = flags.steps or about.get("sampler_steps", 40)
@@ -132,13 +132,14 @@ def main(argv=None):
 def write_images(name: str, x: Tensor, label: np.ndarray, seeds: list[int], folders: bool) -> list[Path]:
     """x [N, C, H, W] into NAME.npz; folders: also into NAME/SEED.png."""
     rows, folder = x.permute(0, 2, 3, 1).numpy(), Path(name)  # [N, H, W, C]
+    files = [f"{seed:06d}.png" for seed in seeds]
+    if folders and {p.name for p in folder.glob("*.png")} - {*files}:
+        raise UserError(f"{folder}: has other images, which fid.py would count; take another --out")
     paths = [save_npz(f"{name}.npz", {"arr_0": rows, "arr_1": label, "seed": np.array(seeds)})]
     if folders:
-        for old in folder.glob("[0-9]*.png"):  # of another call: fid.py would measure both as one
-            old.unlink()
-        for row, seed in zip(rows, seeds):
+        for row, file in zip(rows, files):
             image = Image.fromarray(row[..., 0] if row.shape[-1] == 1 else row)
-            run.write_atomic(folder / f"{seed:06d}.png", lambda t: image.save(t, format="png"))
+            run.write_atomic(folder / file, lambda t: image.save(t, format="png"))
         paths.append(folder)
     return paths
 

@@ -115,6 +115,8 @@ def random_start(facts: data.Facts, size, seed: int) -> Start:
 def start_from(home: Path, file: str, k: int, classes: tuple[int, ...] = ()) -> Start:
     """Student k of a stage's folder. UserError if it is of other classes than these."""
     place = home / f"student{k}" if (home / f"student{k}").is_dir() else home
+    if not (place / file).exists():
+        raise UserError(f"{place / file} is not there: train that stage first, or give another --init")
     saved = load_tensors(place / file, "size", mmap=True)  # mapped: not read whole for its size
     made = repr(sorted(load_json(place / "config.json").items()))
     digest = hashlib.blake2b(made.encode(), digest_size=4).hexdigest()

@@ -95,7 +95,7 @@ class ToyNet(nn.Module):
     """The toy's network F(x, c_noise, label) -> [..., 2]: `students` MLPs side by side, one batched matmul a layer.
 
     embeddings: fixed rows E [classes, d] that label picks from, through a learned layer, in the place of a learned
-    table; label may then also be embeddings [K, B, d] themselves.
+    table.
 
     Every parameter has a leading student dimension K; x is [K, B, 2], c_noise [K, B], label [K, B] (None: no class).
     Student k's output depends on student k's weights and rows alone.
@@ -145,7 +145,7 @@ class ToyNet(nn.Module):
             if self.E is None:
                 of_label = self.table.gather(1, label[..., None].expand(-1, -1, self.table.shape[-1]))
             else:
-                of_label = torch.bmm(label if label.is_floating_point() else self.E[label], self.table)
+                of_label = torch.bmm(self.E[label], self.table)
             embed = embed + of_label
         embed = F.silu(embed)  # [K, B, embed]
         sigma2 = (8 * c_noise).exp()  # c_noise = ln(sigma) / 4

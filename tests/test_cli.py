@@ -187,7 +187,7 @@ def test_commands_that_are_printed(line, run, image_run, small, tiny, tmp_path, 
             if name in argv:
                 del argv[argv.index(name):argv.index(name) + 2]
         argv += [*SMOKE, *mine, *(K if script == "msd.py" and "quadrant" not in argv else [])]
-        argv += ["--out", home if "--init" in argv or staged else "runs/new"]
+        argv += ["--out", home if "--init" in argv or staged or script == "adm.py" else "runs/new"]
         argv += SMALL[SMALL.index("--save-every"):] * staged + ["--student-size", "XXS"] * ("--student-size" in argv)
     elif "--compare" in argv:
         argv = [home, "--compare", "none", "XXS/dm"]

@@ -101,10 +101,11 @@ def test_only_the_students_that_the_labels_need_are_read_and_asked_once_a_batch(
     torch.testing.assert_close(y[[0, 4, 2]], x[[0, 1, 2]])
 
 
-def test_sampling_writes_what_others_read(image_run, tmp_path):
+def test_sampling_writes_what_others_read(image_run, tmp_path, capsys):
     line = f"--run {image_run} --students 3 --classes 2 9 --folders --out {tmp_path / 's'}"
-    for seeds in ("0-9", "3-8"):  # pictures of an earlier call do not stay
-        sample.main([*line.split(), "--seeds", seeds])
+    for _ in range(2):
+        sample.main([*line.split(), "--seeds", "3-8"])
+    assert "other images" in refused(capsys, sample.main, [*line.split(), "--seeds", "4-9"])
     assert sorted(p.name for p in (tmp_path / "s-students").iterdir()) == [f"{i:06d}.png" for i in range(3, 9)]
     with np.load(tmp_path / "s-students.npz") as f:
         assert f["arr_0"].shape == (6, 16, 16, 1) and f["arr_0"].dtype == np.uint8 and f["arr_1"].tolist() == [2, 9] * 3

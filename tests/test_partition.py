@@ -5,7 +5,6 @@ import pytest
 import torch
 
 import msd
-import toy_mog
 from conftest import refused
 from run import load_json
 from students import load_students
@@ -76,21 +75,6 @@ def test_quadrants():
     assert [p.tolist() for p in msd.partition(8, 4, "quadrant", E)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
-EMBEDDINGS = blobs()[0]
-
-
-@pytest.mark.parametrize("how, table", [("kmeans", EMBEDDINGS), ("quadrant", toy_mog.prompts()), ("random", EMBEDDINGS)])
-def test_the_router_of_embeddings_agrees_with_the_partition(how, table):
-    """A known embedding has its own student; nearly a known one too, where the split is by nearness."""
-    parts, label = msd.partition(len(table), 4, how, table), torch.arange(len(table))
-    router = msd.Router(parts, table)
-    assert torch.equal(router(table), msd.Router(parts)(label)) and router(table[:6].reshape(2, 3, -1)).shape == (2, 3)
-    if how != "random":
-        assert torch.equal(router(table + 0.01 * (torch.rand(table.shape) - 0.5)), router(label))
-    with pytest.raises(msd.UserError):
-        msd.Router(parts)(table)
-
-
 @pytest.mark.parametrize("text, words", [
     ("0 1 2 3\n4 5 6\n", "class 7"), ("0 1 2 3\n3 4 5 6 7\n", "class 3"), ("0 1 2 3\n4 5 6 7 8\n", "class 8"),
     ("0 1 2 three\n4 5 6 7\n", "three"), ("0 1 2\n3 4\n5 6 7\n", "--students 2"), ("9" * 5000, "mine.txt"),
@@ -130,5 +114,5 @@ def test_partitions_end_to_end(tmp_path, run, capsys):
     assert msd.main([*base, "--students", "3", "--partition", "kmeans"]) == 0
     assert msd.main([*base, "--students", "2", "--partition", str(tmp_path / "mine.txt")]) == 0
     assert load_json(tmp_path / "run/results-kmeans.json")["configs"]["dm"]["partition"] == "kmeans"
-    router = msd.router_of(load_students(tmp_path / "run/seed0/students2-file-mine"))
+    router = msd.Router(load_students(tmp_path / "run/seed0/students2-file-mine").parts)
     assert router(torch.arange(8)).tolist() == [1, 0, 1, 0, 1, 0, 1, 0]
