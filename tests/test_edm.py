@@ -144,7 +144,7 @@ def test_a_stacks_updates_are_plain_torchs(tmp_path, double):
     table = torch.tensor([[3.0, 1.0, 2.0], [2.0, 5.0, 2.0], [9.0, 0.5, 9.0]])  # of three evaluations
 
     class Select:
-        name, students, rows, seen = "l1", 3, iter(table), torch.zeros(3, 20, 2)
+        name, students, rows, seen = "l1", group, iter(table), torch.zeros(3, 20, 2)
 
         def __call__(self, net):
             return next(self.rows)
