@@ -358,7 +358,7 @@ class Run:
                 load(parts[key])
         for path in [folder / "metrics.csv" for folder in self.folders] if self.main else ():  # not past `begin`
             lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
-            kept = [line for line in lines if re.match(r"\d+,", line) and int(line.split(",")[0]) <= begin]
+            kept = [line for line in lines if begin and re.match(r"\d+,", line) and int(line.split(",")[0]) <= begin]
             write_atomic(path, lambda t: t.write_text("".join(["step,seconds,student,name,value\n", *kept])))
         return begin
 

@@ -183,7 +183,7 @@ def test_commands_that_are_printed(line, run, image_run, small, tiny, tmp_path, 
     if script == "fid.py":
         sample.main(["--run", home, *K, "--seeds", "0-19"])
     if script in TRAIN:
-        for name in ("--steps", "--pairs", "--tsm-steps", "--seed", "--seeds", "--save-every"):  # of the full run
+        for name in ("--steps", "--reg-warmup", "--pairs", "--tsm-steps", "--seed", "--seeds", "--save-every"):
             if name in argv:
                 del argv[argv.index(name):argv.index(name) + 2]
         argv += [*SMOKE, *mine, *(K if script == "msd.py" and "quadrant" not in argv else [])]
