@@ -20,7 +20,7 @@ import unet
 
 @functools.cache
 def network(facts: data.Facts, size):
-    """One without its memory, to count."""
+    """To count; of images without memory."""
     with torch.device("cpu" if facts.stacked else "meta"):
         return facts.net(1, size)
 
@@ -32,8 +32,9 @@ def weights(facts: data.Facts, size) -> int:
 
 def sizes_of(flags) -> tuple:
     """Of the teacher's network and the students'."""
-    there = Path(flags.teacher.which).is_file()
-    size = teacher.loaded(flags, flags.facts).size if there else flags.teacher.size
+    size = flags.teacher.size
+    if Path(flags.teacher.which).is_file():
+        size = teacher.loaded(flags, flags.facts).size
     return size, flags.student_size or size
 
 
@@ -67,9 +68,9 @@ def room(flags, stages: list) -> str:
     """Which --micro-batch fits, by the passes that are held at once."""
     t, s = (activations(flags.facts, size) for size in sizes_of(flags))
     held = {"dm": max(s + s * (flags.dm.reg_weight > 0), t), "adm": max(s + t, 3 * t)}
-    train, batch = flags.teacher.which == "train", math.gcd(*(stage.length(flags)[1] for stage in stages))
-    each = [held.get(stage.NAME, s) + dmd.LPIPS_BYTES * (stage.NAME in dmd.with_lpips(flags)) for stage in stages]
-    each, batch = max(t * train, *each, 1), math.gcd(batch, flags.teacher.batch * train)
+    train, names = flags.teacher.which == "train", [stage.NAME for stage in stages]
+    batch = math.gcd(flags.teacher.batch * train, *(stage.length(flags)[1] for stage in stages))
+    each = max([t * train, *(held.get(name, s) + dmd.LPIPS_BYTES * (name in dmd.with_lpips(flags)) for name in names)])
 
     def fits(gigabytes: int):
         most = int((0.9 * gigabytes * 2 ** 30 - memory(flags)) / each)
@@ -83,7 +84,7 @@ def bill(flags, stages: list) -> list[tuple[str, float]]:
     facts, device = flags.facts, "cpu" if flags.facts.stacked else "meta"
     t, s = (evaluate.multiply_adds(network(facts, size), facts, device) for size in sizes_of(flags))
     ratio, each = s / t, edm.evaluations(flags.teacher.sampler_steps) * edm.guided(flags)
-    drawn = flags.run.eval_samples * (2 if facts.stacked else 1)
+    drawn = flags.run.eval_samples * (1 + facts.stacked)
     rows = [("the teacher's training", edm.passes(flags)[0] * flags.teacher.batch)] * (flags.teacher.which == "train")
     if flags.teacher.which == "exact":
         rows.append(("weights for the closed form, by TSM", sum(tsm.passes(flags)) * flags.tsm.batch))
@@ -92,7 +93,7 @@ def bill(flags, stages: list) -> list[tuple[str, float]]:
                  (f"{drawn:,} samples to compare with", drawn * each)]
     for stage in stages:
         (of_t, of_s), (steps, batch) = stage.passes(flags), stage.length(flags)
-        number = 1 if stage is tsm and flags.tsm.common else flags.trained()
+        number = 1 if stage is tsm and flags.tsm.common else len(flags.asked())
         rows.append((f"{stage.NAME}, {number} networks", number * batch * (of_t + ratio * of_s)))
         if stage.NAME in dmd.with_lpips(flags):
             rows.append((f"{stage.NAME}, LPIPS", number * batch * steps * dmd.LPIPS_MULTIPLY_ADDS / t))

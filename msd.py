@@ -74,9 +74,9 @@ class Flags:
         """Of the dataset, at this run's resolution."""
         return data.facts(self.run.dataset, self.run.resolution)
 
-    def trained(self) -> int:
-        """Students that a seed trains."""
-        return sum(K if self.student < 0 else K > self.student for K in self.students)
+    def asked(self) -> list[tuple[int, int]]:
+        """(K, k) of a seed's students to train."""
+        return [(K, k) for K in self.students for k in range(K) if self.student in (-1, k)]
 
     def order(self) -> list[str]:
         """The stages of this run."""
@@ -335,14 +335,12 @@ def divide(flags: Flags, ranks: common.Ranks) -> None:
     out = Path(flags.run.out).absolute()
     place = next(p for p in (out, *out.parents) if p.exists())
     here, free = sum(p.stat().st_size for p in out.rglob("state*.pt") if p.exists()), shutil.disk_usage(place).free
-    wanted = 2 * cost.memory(flags) * flags.run.seeds * flags.trained()
+    wanted = 2 * cost.memory(flags) * flags.run.seeds * len(flags.asked())
     if wanted > here + free:
         raise UserError(f"{place}: checkpoints want {wanted / 2 ** 30:.1f} GiB, free are {free / 2 ** 30:.1f}")
     given = teacher.Given(0, flags.facts, None, {}, False, 1.0, cost.sizes_of(flags)[0] or "B")
-    for seed, K in itertools.product(flags.run.all_seeds(), flags.students):
-        for k in range(K):
-            if flags.student in (-1, k) and stages_of(flags):
-                first_start(flags, Student(seed, K, k, ()), given)
+    for seed, (K, k) in itertools.product(flags.run.all_seeds(), flags.asked() if stages_of(flags) else ()):
+        first_start(flags, Student(seed, K, k, ()), given)
     for K in flags.students:
         if flags.partition not in ("kmeans", "quadrant"):  # those want the teacher's embeddings
             partition(flags.facts.classes, K, flags.partition, seed=flags.run.seed)

@@ -134,7 +134,7 @@ def write_images(name: str, x: Tensor, label: np.ndarray, seeds: list[int], fold
     rows, folder = x.permute(0, 2, 3, 1).numpy(), Path(name)  # [N, H, W, C]
     files = [f"{seed:06d}.png" for seed in seeds]
     if folders and {p.name for p in folder.glob("*.png")} - {*files}:
-        raise UserError(f"{folder}: has other images, which fid.py would count; take another --out")
+        raise UserError(f"{folder}: has other images, which fid.py would count; another --out")
     paths = [save_npz(f"{name}.npz", {"arr_0": rows, "arr_1": label, "seed": np.array(seeds)})]
     if folders:
         for row, file in zip(rows, files):

@@ -41,6 +41,10 @@ class Network:
     seconds: float = 0.0  # of training
     flops: float = 0.0  # of training one student, in all stages
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return common.fingerprint(self.net)
+
 
 def load_network(path) -> Network:
     """A checkpoint of ours, or NVIDIA's EDM snapshot (.pkl). UserError if it is none."""
@@ -116,7 +120,7 @@ def start_from(home: Path, file: str, k: int, classes: tuple[int, ...] = ()) -> 
     """Student k of a stage's folder. UserError if it is of other classes than these."""
     place = home / f"student{k}" if (home / f"student{k}").is_dir() else home
     if not (place / file).exists():
-        raise UserError(f"{place / file} is not there: train that stage first, or give another --init")
+        raise UserError(f"{place / file} is not there: train that stage, or give another --init")
     saved = load_tensors(place / file, "size", mmap=True)  # mapped: not read whole for its size
     made = repr(sorted(load_json(place / "config.json").items()))
     digest = hashlib.blake2b(made.encode(), digest_size=4).hexdigest()
@@ -133,7 +137,7 @@ def checkpoint(path: str, facts: data.Facts) -> Start:
     if (found.facts.shape, found.facts.classes) != (facts.shape, facts.classes) or len(found.parts or [0]) > 1:
         what = f"{len(found.parts or [0])} network(s) of {found.facts.name}, {found.facts.shape}"
         raise UserError(f"--init {path}: {what}; needed: 1 of {facts.name}, {facts.shape}")
-    return Start(common.fingerprint(found.net), found.size, lambda: found.net)
+    return Start(found.fingerprint, found.size, lambda: found.net)
 
 
 def first_start(flags, s: Student, given) -> Student:

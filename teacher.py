@@ -10,7 +10,6 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-import common
 import data
 import dmd
 import edm
@@ -79,7 +78,7 @@ def prepare(flags, ranks: Ranks, students_by_class: bool = True, churn=edm.Churn
     facts, churn = data.facts(flags.run.dataset, flags.run.resolution), vars(churn) if churn.S_churn else {}
     source, t, exact = data.opened(flags.run, ranks), flags.teacher, flags.teacher.which == "exact"
     network = None if t.which in ("train", "exact") else loaded(flags, facts)
-    origin = {"dataset": facts.name, "teacher": common.fingerprint(network.net) if network else t.which}
+    origin = {"dataset": facts.name, "teacher": network.fingerprint if network else t.which}
     origin |= {"resolution": facts.resolution} if facts.native else {}
     if t.which == "train":
         origin |= {k: v for k, v in values(t).items() if k != "label_dropout" or v}
@@ -87,15 +86,15 @@ def prepare(flags, ranks: Ranks, students_by_class: bool = True, churn=edm.Churn
     size, net = (network.size, network.net.to(ranks.device)) if network else (t.size or "B", None)
     given = {seed: Given(seed, facts, source, {**origin, "seed": seed}, exact, t.cfg, size, net, real=source)
              for seed in flags.run.all_seeds()}
-    alone = students_by_class and flags.order() == ["teacher"]
+    only = students_by_class and flags.order() == ["teacher"]
     with run.alone([Path(flags.run.out) / "data"], ranks):  # jobs of an array share it
         if not facts.stacked:
             _at_hand(flags, source(), ranks, students_by_class)
             data.same_data(flags.run, source())
-        judge = None if alone else evaluate.judge(flags.run, source, ranks)
+        judge = None if only else evaluate.judge(flags.run, source, ranks)
     if t.which == "train" or exact and students_by_class:
         _networks(flags, given, ranks)
-    if alone:
+    if only:
         return {}
     for g in given.values():
         g.judge, g.ancestry = judge, {**g.lineage, **churn}
